@@ -1,0 +1,573 @@
+"""Is a kernel right? Random cases from a seed, and a judge that cannot be fooled by a constant.
+
+A case is a shape, a set of parameters and a family of inputs, drawn from ``(seed, index)``
+alone: case 17 of seed 0 is the same in every run, whatever else runs. No case is degenerate: the
+bounds always leave something for the convolution to show.
+
+The judge computes the block in fp64 with the kernels' own dropout mask and asks four things:
+
+1. every element was written (the output arrives filled with one particular NaN);
+2. NaN and infinities are exactly where the reference has them;
+3. the relative error ``||out - ref|| / ||ref||`` is at most twice PyTorch's own in that dtype;
+4. zeros from dropout are exactly where the mask has them, which 3 implies for all but tiny values.
+
+PyTorch's own error is a random number too: on a handful of values its fp32 result can be right
+by luck. So it is the worst of several that are equally good: PyTorch as it comes, on the same
+problem mirrored in space (which sums in another order), and on inputs a last bit away; and
+never less than one unit in the last place of the dtype.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from numba_fused import ladder, rng
+from numba_fused.reference import chain
+from numba_fused.spec import BlockSpec
+
+SIMULATOR_MACS = 30_000  # a case takes a fraction of a second in the simulator
+GPU_MACS = 200_000_000
+FAMILIES = ("normal", "offset", "integers", "large", "small", "nonfinite")
+THREADS_PER_BLOCK = (32, 64, 96, 128, 256, 512, 1024)
+EPSILON = {"float32": 2.0**-23, "float64": 2.0**-52}
+# PyTorch evaluations on nudged inputs: a few values need several, many values are an average.
+SAMPLES, FEW_SAMPLES, MANY_VALUES = 8, 1, 100_000
+
+# A quiet NaN that no arithmetic makes: what still carries these bits was never written.
+POISON = {torch.float32: 0x7FC0DEAD, torch.float64: 0x7FF8DEADDEADDEAD}
+BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+# What an output element costs besides its taps, in multiply-adds: normalisation and mask.
+OVERHEAD_MACS = 20
+
+Compute: TypeAlias = Callable[["Tensors", Tensor], object]
+
+
+class Tensors(NamedTuple):
+    """The operands of one call, in the order of the public function."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    gamma: Tensor | None
+    beta: Tensor | None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Tensors:
+        """Apply `change` to every tensor there is."""
+        bias, gamma, beta = (None if t is None else change(t) for t in self[2:])
+        return Tensors(change(self.x), change(self.weight), bias, gamma, beta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One random problem.
+
+    Attributes
+    ----------
+    seed, index : int
+        Name the case: the same pair and `max_macs` give the same case everywhere.
+    max_macs : int
+        What its size was limited to.
+    forced_dtype : str or None
+        The dtype the caller asked for; None lets the case choose.
+    arguments : dict
+        The public function's keywords, in the caller's spelling (``"same"``, tuples ...).
+    spec : BlockSpec
+        The same, validated.
+    family : str
+        One of `FAMILIES`: how the inputs are distributed.
+    strided : bool
+        Whether x and weight come as non-contiguous views.
+    threads_per_block : int
+    dropout_seed : int
+    """
+
+    seed: int
+    index: int
+    max_macs: int
+    forced_dtype: str | None
+    arguments: dict[str, Any]
+    spec: BlockSpec
+    family: str
+    strided: bool
+    threads_per_block: int
+    dropout_seed: int
+
+    def tensors(self, device: str | torch.device = "cpu") -> Tensors:
+        """The operands: the same values on every device."""
+        generator = np.random.default_rng([self.seed, self.index])
+        spec = self.spec
+        x, weight, bias, gamma, beta = _values(generator, spec, self.family)
+        dtype = getattr(torch, spec.dtype)
+
+        def tensor(values: np.ndarray, strided: bool = False) -> Tensor:
+            t = torch.from_numpy(values).to(device, dtype)
+            return _strided(t) if strided else t
+
+        return Tensors(
+            tensor(x, self.strided),
+            tensor(weight, self.strided),
+            tensor(bias) if spec.has_bias else None,
+            tensor(gamma) if spec.affine else None,
+            tensor(beta) if spec.affine else None,
+        )
+
+    def keep_mask(self, device: str | torch.device = "cpu") -> Tensor | None:
+        """The kernels' dropout mask, or None where nothing is dropped."""
+        return mask_of(self.spec, self.dropout_seed, device)
+
+    def reproducer(self, variant: str) -> str:
+        """The command that runs this case alone."""
+        dtype = f" --dtype {self.forced_dtype}" if self.forced_dtype else ""
+        return (
+            f"numba-fused verify --seed {self.seed} --only {self.index} "
+            f"--max-macs {self.max_macs}{dtype} --variant {variant}"
+        )
+
+    def __str__(self) -> str:
+        spec = self.spec
+        keywords = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
+        return (
+            f"x{list(spec.x_shape)} weight{list(spec.weight_shape)} {spec.dtype} {self.family}"
+            f"{' strided' if self.strided else ''} bias={spec.has_bias} affine={spec.affine} "
+            f"threads_per_block={self.threads_per_block} {keywords}"
+        )
+
+
+@dataclass(frozen=True)
+class Result:
+    """The judge's verdict on one case and variant.
+
+    Attributes
+    ----------
+    status : str
+        ``"ok"``, ``"failed"``, or ``"skipped"`` where the variant cannot run the shape.
+    error, torch_error, bound : float
+        Relative L2 errors against fp64: the variant's, PyTorch's, and what is allowed.
+    reason : str
+        Why it failed or was skipped.
+    """
+
+    status: str
+    error: float = math.nan
+    torch_error: float = math.nan
+    bound: float = math.nan
+    reason: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong; a skipped case is not wrong."""
+        return self.status != "failed"
+
+
+# ---- drawing cases ----------------------------------------------------------------------------
+
+
+def cases(
+    seed: int,
+    count: int,
+    *,
+    max_macs: int = SIMULATOR_MACS,
+    dtype: str | None = None,
+    first: int = 0,
+) -> Iterator[Case]:
+    """Cases `first` to ``first + count - 1`` of a seed.
+
+    Parameters
+    ----------
+    seed, count : int
+    max_macs : int
+        Upper limit on a case's multiply-adds: `SIMULATOR_MACS` suits the simulator, `GPU_MACS` a
+        GPU.
+    dtype : str, optional
+        ``"float32"`` or ``"float64"``; by default a quarter of the cases are fp64.
+    first : int
+        Index of the first case.
+
+    Yields
+    ------
+    Case
+
+    Raises
+    ------
+    ValueError
+        `max_macs` is too small to hold any case.
+    """
+    if max_macs < 1000:
+        raise ValueError(f"max_macs must be at least 1000 to hold a case, but got {max_macs}")
+    for index in range(first, first + count):
+        yield _case(seed, index, max_macs, dtype)
+
+
+def _case(seed: int, index: int, max_macs: int, dtype: str | None) -> Case:
+    draw = random.Random(f"{seed}/{index}")
+    chosen = draw.choice(("float32", "float32", "float32", "float64"))
+    while True:
+        shapes = _shapes(draw, max_macs)
+        if shapes is None:
+            continue
+        x_shape, weight_shape, arguments = shapes
+        arguments |= _chain_parameters(draw, weight_shape[0])
+        has_bias, affine = draw.random() < 0.7, draw.random() < 0.7
+        spec = _valid_spec(
+            x_shape,
+            weight_shape,
+            arguments,
+            has_bias=has_bias,
+            affine=affine,
+            dtype=dtype or chosen,
+        )
+        if spec is not None:
+            return Case(
+                seed=seed,
+                index=index,
+                max_macs=max_macs,
+                forced_dtype=dtype,
+                arguments=arguments,
+                spec=spec,
+                family=draw.choice(FAMILIES),
+                strided=draw.random() < 0.25,
+                threads_per_block=draw.choice(THREADS_PER_BLOCK),
+                dropout_seed=draw.randrange(2**63),
+            )
+
+
+def _shapes(
+    draw: random.Random, max_macs: int
+) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]] | None:
+    """Shapes of x and weight and the convolution's keywords; None if they came out too large."""
+    axes = draw.choice((1, 2, 3, 3))
+    kernel = [draw.choice((1, 2, 3, 3, 3, 4, 5)) for _ in range(axes)]
+    groups = draw.choice((1, 1, 1, 2, 3, 4))
+    channels = groups * draw.choice((1, 2, 3, 4, 5, 8))
+    out_channels = groups * draw.choice((1, 2, 3, 4, 5, 8, 16))
+    batch = draw.choice((1, 1, 2, 3, 5))
+    macs = channels // groups * math.prod(kernel) + OVERHEAD_MACS
+    most_positions = max_macs // (macs * out_channels * batch)
+    if most_positions < 4:
+        return None
+
+    dilation = [draw.choice((1, 1, 1, 2, 3)) for _ in range(axes)]
+    stride = [draw.choice((1, 1, 1, 2, 3)) for _ in range(axes)]
+    padding: int | str | list[int] = draw.choice(
+        (0, "valid", 1, draw.randrange(3), [draw.randrange(3) for _ in range(axes)])
+    )
+    if draw.random() < 0.2:
+        padding, stride = "same", [1] * axes
+    output = _output_size(draw, axes, most_positions)
+    spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    zeros = _total_padding(padding, spans)
+    size = [
+        max(1, (o - 1) * s + span - z + draw.randrange(s))
+        for o, s, span, z in zip(output, stride, spans, zeros, strict=True)
+    ]
+    arguments = {
+        "stride": _spelling(draw, stride),
+        "padding": padding if isinstance(padding, (str, int)) else tuple(padding),
+        "dilation": _spelling(draw, dilation),
+        "groups": groups,
+    }
+    x_shape = (batch, channels, *size)
+    return x_shape, (out_channels, channels // groups, *kernel), arguments
+
+
+def _output_size(draw: random.Random, axes: int, most_positions: int) -> list[int]:
+    """Up to `most_positions` positions spread unevenly over the axes, the last one longest."""
+    positions = math.exp(draw.uniform(math.log(2), math.log(most_positions)))
+    weights = [draw.uniform(0.3, 1.0) for _ in range(axes - 1)] + [draw.uniform(0.8, 1.6)]
+    sizes = [max(1, int(positions ** (w / sum(weights)))) for w in weights]
+    if draw.random() < 0.15:
+        sizes[draw.randrange(axes)] = 1
+    return sizes
+
+
+def _total_padding(padding: int | str | list[int], spans: list[int]) -> list[int]:
+    if padding == "same":
+        return [span - 1 for span in spans]
+    if isinstance(padding, list):
+        return [2 * p for p in padding]
+    return [2 * padding if isinstance(padding, int) else 0] * len(spans)
+
+
+def _spelling(draw: random.Random, values: list[int]) -> int | tuple[int, ...]:
+    """An int where all axes agree, half of the time; a tuple otherwise."""
+    return values[0] if len(set(values)) == 1 and draw.random() < 0.5 else tuple(values)
+
+
+def _chain_parameters(draw: random.Random, out_channels: int) -> dict[str, Any]:
+    """Bounds that let the input through, and the dropout."""
+    divisors = [g for g in range(1, out_channels + 1) if out_channels % g == 0]
+    min_value = round(draw.uniform(-1.5, 0.3), 2)
+    return {
+        "num_groups": draw.choice(divisors),
+        "min_value": min_value,
+        "max_value": round(min_value + draw.uniform(0.3, 2.5), 2),
+        "cap": round(min_value + draw.uniform(0.3, 2.5), 2),
+        "dropout_p": draw.choice((0.0, 0.2, 0.2, 0.5, 1.0, round(draw.random(), 3))),
+        "training": draw.random() < 0.75,
+        "eps": draw.choice((1e-5, 1e-5, 1e-3)),
+    }
+
+
+def _valid_spec(
+    x_shape: tuple[int, ...], weight_shape: tuple[int, ...], arguments: dict[str, Any], **rest: Any
+) -> BlockSpec | None:
+    """The spec, or None for the rare draw that leaves an empty output or one value per group."""
+    try:
+        spec = BlockSpec.from_arguments(x_shape, weight_shape, **arguments, **rest)
+    except (RuntimeError, ValueError):
+        return None
+    return spec if spec.constant is None and spec.group_size > 1 else None
+
+
+def _values(generator: np.random.Generator, spec: BlockSpec, family: str) -> tuple[np.ndarray, ...]:
+    """x, weight, bias, gamma and beta of one family, in fp64 but exact in `spec.dtype`."""
+    dtype, channels = np.dtype(spec.dtype), spec.out_channels
+    fan_in = math.prod(spec.weight_shape[1:])
+    x = generator.standard_normal(spec.x_shape)
+    weight = generator.standard_normal(spec.weight_shape) / math.sqrt(fan_in)
+    bias = generator.standard_normal(channels)
+    gamma = 1.0 + 0.5 * generator.standard_normal(channels)
+    beta = 0.5 * generator.standard_normal(channels)
+    if family == "offset":
+        x += 1e3
+    elif family == "integers":
+        x = generator.integers(-4, 5, spec.x_shape)
+        weight = generator.integers(-3, 4, spec.weight_shape)
+        bias = generator.integers(-3, 4, channels)
+    elif family == "large":
+        x, weight, bias = x * 1e4, weight * 1e2, bias * 1e6
+    elif family == "small":
+        x, bias = x * 1e-4, bias * 1e-4
+    elif family == "nonfinite":
+        target = (x, weight, bias, beta)[generator.choice(4, p=(0.55, 0.15, 0.15, 0.15))]
+        for _ in range(generator.integers(1, 3)):
+            position = generator.integers(target.size)
+            target.flat[position] = generator.choice((np.nan, np.inf, -np.inf))
+    return tuple(np.asarray(v).astype(dtype) for v in (x, weight, bias, gamma, beta))
+
+
+def _strided(t: Tensor) -> Tensor:
+    """The same values as every second element of a buffer whose first two axes are swapped."""
+    shape = (t.shape[1], t.shape[0], *t.shape[2:-1], 2 * t.shape[-1])
+    buffer = torch.full(shape, torch.nan, dtype=t.dtype, device=t.device)
+    view = buffer.transpose(0, 1)[..., ::2]
+    view.copy_(t)
+    return view
+
+
+# ---- judging ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """The right answer of one call, and how far off an answer may be.
+
+    Attributes
+    ----------
+    reference : Tensor
+        fp64.
+    torch_error : float
+        PyTorch's own relative error in the call's dtype.
+    dtype : str
+        What the answer must come in.
+    """
+
+    reference: Tensor
+    torch_error: float
+    dtype: str
+
+    @property
+    def bound(self) -> float:
+        """The largest error that passes."""
+        # An fp64 reference has rounding errors of its own, as large as those it judges.
+        factor = 3.0 if self.dtype == "float64" else 2.0
+        return factor * max(self.torch_error, EPSILON[self.dtype])
+
+    def judge(self, out: Tensor, keep_mask: Tensor | None = None) -> Result:
+        """Compare `out`, which was poisoned before the call, with the reference."""
+        error = relative_error(out, self.reference)
+        reason = self._fault(out, keep_mask, error)
+        return Result("failed" if reason else "ok", error, self.torch_error, self.bound, reason)
+
+    def _fault(self, out: Tensor, keep_mask: Tensor | None, error: float) -> str:
+        if out.shape != self.reference.shape:
+            return f"shape {list(out.shape)} instead of {list(self.reference.shape)}"
+        if str(out.dtype) != f"torch.{self.dtype}":
+            return f"dtype {out.dtype} instead of torch.{self.dtype}"
+        if places := _where(out.view(BITS[out.dtype]) == POISON[out.dtype]):
+            return f"never written: {places}"
+        for name, test in (
+            ("NaN", torch.isnan),
+            ("+Inf", torch.isposinf),
+            ("-Inf", torch.isneginf),
+        ):
+            if places := _where(test(out) != test(self.reference)):
+                return f"{name} is not where the reference has it: {places}"
+        if keep_mask is not None and (places := _where(~keep_mask & (out != 0) & ~out.isnan())):
+            return f"not dropped where the mask says so: {places}"
+        if not error <= self.bound:
+            return f"error {error:.2e} is above the bound {self.bound:.2e}"
+        return ""
+
+
+def check(case: Case, variant: str, device: str | torch.device = "cpu") -> Result:
+    """Run one rung on one case and judge it.
+
+    Parameters
+    ----------
+    case : Case
+    variant : str
+        Name of a rung.
+    device : str or torch.device
+        ``"cpu"`` runs the kernels in the simulator.
+
+    Returns
+    -------
+    Result
+        ``"skipped"`` where the rung has a limit that the case exceeds. An exception of the rung is
+        a failure whose reason is its message.
+
+    Raises
+    ------
+    ValueError
+        No rung has that name.
+    """
+    reason = ladder.get(variant).limit(case.spec)
+    if reason is not None:
+        return Result("skipped", reason=reason)
+
+    def compute(tensors: Tensors, out: Tensor) -> None:
+        ladder.run(
+            variant,
+            *tensors,
+            spec=case.spec,
+            seed=case.dropout_seed,
+            out=out,
+            threads_per_block=case.threads_per_block,
+        )
+
+    return judge(case, compute, device)
+
+
+def judge(case: Case, compute: Compute, device: str | torch.device = "cpu") -> Result:
+    """Judge any function that fills an output: ``compute(tensors, out)``."""
+    tensors, keep = case.tensors(device), case.keep_mask(device)
+    ruler = yardstick(case.spec, tensors, keep)
+    out = poisoned(case.spec, device)
+    try:
+        compute(tensors, out)
+        return ruler.judge(out, keep)
+    except Exception as problem:  # a crash is a verdict on the variant, not the end of the run
+        reason = f"{type(problem).__name__}: {problem}"
+        return Result("failed", math.nan, ruler.torch_error, ruler.bound, reason)
+
+
+def mask_of(spec: BlockSpec, seed: int, device: str | torch.device) -> Tensor | None:
+    """The dropout mask of a call on `device`, or None where nothing is dropped."""
+    if not spec.draws:
+        return None
+    mask = rng.keep_mask(seed, spec.output_shape, spec.dropout_p)
+    return torch.from_numpy(mask).to(device)
+
+
+def poisoned(spec: BlockSpec, device: str | torch.device) -> Tensor:
+    """An output buffer in which every element is the NaN that says "never written"."""
+    dtype = getattr(torch, spec.dtype)
+    out = torch.empty(spec.output_shape, dtype=dtype, device=device)
+    out.view(BITS[dtype]).fill_(POISON[dtype])
+    return out
+
+
+def yardstick(spec: BlockSpec, tensors: Tensors, keep_mask: Tensor | None) -> Yardstick:
+    """The fp64 answer of a call and PyTorch's own error in the call's dtype.
+
+    In fp64 there is nothing more precise to measure PyTorch against, so its evaluations are
+    compared with the first of them: what they differ by is rounding.
+    """
+    wide = tensors.map(Tensor.double)
+    dtype = getattr(torch, spec.dtype)
+    narrow = tensors.map(lambda t: t.to(dtype))
+    generator = torch.Generator(tensors.x.device).manual_seed(0)
+    samples = FEW_SAMPLES if math.prod(spec.output_shape) > MANY_VALUES else SAMPLES
+    with torch.no_grad(), true_fp32():
+        reference = chain(spec, *wide, keep_mask)
+        errors = [
+            relative_error(chain(spec, *narrow, keep_mask), reference),
+            relative_error(_mirrored(spec, narrow, keep_mask), reference),
+        ]
+        for _ in range(samples):
+            nudged = narrow.map(lambda t: _nudged(t, generator))
+            errors.append(relative_error(chain(spec, *nudged, keep_mask), reference))
+    return Yardstick(reference, max(errors), spec.dtype)
+
+
+def relative_error(out: Tensor, reference: Tensor) -> float:
+    """``||out - reference|| / ||reference||`` where the reference is finite.
+
+    Where it is zero throughout, the norm of `out` itself; infinite where only `out` is not finite.
+    """
+    if out.shape != reference.shape:
+        return math.inf
+    finite = torch.isfinite(reference)
+    if not bool(finite.all()):
+        out, reference = out[finite], reference[finite]
+    norm = float(torch.linalg.vector_norm(reference))
+    error = float(torch.linalg.vector_norm(out.double() - reference))
+    error = math.inf if math.isnan(error) else error
+    return error / norm if norm > 0 else error
+
+
+@contextlib.contextmanager
+def true_fp32() -> Iterator[None]:
+    """Keep cuDNN's convolutions out of TF32: PyTorch's error would be 1000 times its fp32 one."""
+    cudnn = torch.backends.cudnn
+    allowed = cudnn.allow_tf32
+    cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = allowed
+
+
+def _mirrored(spec: BlockSpec, tensors: Tensors, keep_mask: Tensor | None) -> Tensor:
+    """The same answer from PyTorch on the mirror image, whose taps are summed in reverse.
+
+    A stride can leave the end of the padded input unread; mirrored, that end is the start, and
+    must go. Negative padding crops.
+    """
+    axes = tuple(range(2, 2 + len(spec.kernel_size)))
+    padding = []
+    for axis, (before, after) in enumerate(spec.padding):
+        read = (spec.output_size[axis] - 1) * spec.stride[axis] + 1
+        read += spec.dilation[axis] * (spec.kernel_size[axis] - 1)
+        unread = spec.input_size[axis] + before + after - read
+        padding.append((after - unread, before))
+    mirror = replace(spec, padding=tuple(padding))
+    keep = None if keep_mask is None else keep_mask.flip(axes)
+    x, weight, bias, gamma, beta = tensors
+    return chain(mirror, x.flip(axes), weight.flip(axes), bias, gamma, beta, keep).flip(axes)
+
+
+def _nudged(t: Tensor, generator: torch.Generator) -> Tensor:
+    """`t` with a quarter of its values one unit in the last place up, a quarter down."""
+    draws = torch.randint(4, t.shape, device=t.device, generator=generator)
+    direction = (draws == 3).to(t.dtype) - (draws == 0).to(t.dtype)
+    return t * (1.0 + torch.finfo(t.dtype).eps * direction)
+
+
+def _where(wrong: Tensor) -> str:
+    """How many, and where the first is; empty if nowhere."""
+    count = int(wrong.sum())
+    if not count:
+        return ""
+    first = tuple(int(i) for i in wrong.nonzero()[0])
+    return f"{count} of {wrong.numel()} elements, the first at {list(first)}"
