@@ -16,7 +16,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from numba_fused import ladder, results
-from numba_fused.reference import convolution
+from numba_fused.reference import chain, convolution
 from numba_fused.results import Row
 from numba_fused.spec import BlockSpec
 from numba_fused.verify import Tensors, Yardstick, mask_of, poisoned, relative_error, yardstick
@@ -155,19 +155,22 @@ def run(
     ValueError
         Unknown case or variant.
     """
-    chosen = list(chosen or variants())
-    for variant in chosen:
-        if variant != COMPILED:
-            ladder.get(variant)
-    case_spec(name)
-    if not torch.cuda.is_available():
-        raise RuntimeError(
-            "timing needs a CUDA GPU and a torch built for it: see `numba-fused env`"
-        )
+    chosen = check_usage(name, chosen)
     with _cudnn_benchmark():
         workload = Workload.build(name)
         for variant in chosen:
             yield workload.row() | measure(workload, variant, threads_per_block)
+
+
+def check_usage(name: str, chosen: Sequence[str] | None) -> list[str]:
+    """The variants to time; raises what `run` would raise, before anything is built."""
+    case_spec(name)
+    for variant in chosen or ():
+        if variant != COMPILED:
+            ladder.get(variant)
+    if not torch.cuda.is_available():
+        raise RuntimeError("timing needs a CUDA GPU and a torch built for it: see numba-fused env")
+    return list(chosen or variants())
 
 
 def measure(workload: Workload, variant: str, threads_per_block: int = 256) -> Row:
@@ -254,10 +257,6 @@ def native_chain(
 
 def _baseline_error(workload: Workload, out: Tensor, index: int) -> tuple[float, str]:
     """Error of an output with PyTorch's own mask, against the answer under that same mask."""
-    from dataclasses import replace
-
-    from numba_fused.reference import chain
-
     spec = workload.spec
     kept = out != 0
     with torch.no_grad():
@@ -299,9 +298,8 @@ def time_calls(call: Call, sets: int) -> Row:
     except RuntimeError:
         torch.cuda.synchronize()
         replay, method = (lambda: [call(index) for index in range(sets)]), "launches"
-    for _ in range(2):
-        first_ms = _event_ms(replay)
-    inner = max(1, math.ceil(SAMPLE_MS / first_ms))
+    _event_ms(replay)  # the first replay uploads the graph
+    inner = max(1, math.ceil(SAMPLE_MS / _event_ms(replay)))
 
     def sample() -> None:
         for _ in range(inner):

@@ -145,27 +145,31 @@ class _Block(torch.autograd.Function):
     ) -> Tensor:
         ctx.spec, ctx.seed = spec, seed
         ctx.save_for_backward(*operands)
-        x, weight, bias, gamma, beta = operands
-        assert x is not None and weight is not None
-        return ladder.run(variant, x, weight, bias, gamma, beta, spec=spec, seed=seed)
+        x, weight, *vectors = operands
+        assert x is not None
+        assert weight is not None
+        return ladder.run(variant, x, weight, *vectors, spec=spec, seed=seed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         wanted = ctx.needs_input_grad[3:]
-        leaves = [
+        leaves: list[Any] = [
             None if t is None else t.detach().requires_grad_(want)
             for t, want in zip(ctx.saved_tensors, wanted, strict=True)
         ]
+        x, weight, bias, gamma, beta = leaves
         mask = dropout_mask(ctx.spec, ctx.seed)
         with torch.enable_grad():
-            out = chain(ctx.spec, *leaves, mask)
+            out = chain(ctx.spec, x, weight, bias, gamma, beta, mask)
         targets = [t for t in leaves if t is not None and t.requires_grad]
         gradients = iter(torch.autograd.grad(out, targets, grad_out))
         return (None, None, None, *(next(gradients) if want else None for want in wanted))
 
 
-def check_operands(x: Any, weight: Any, **vectors: Any) -> tuple[Tensor | None, ...]:
+def check_operands(
+    x: Any, weight: Any, **vectors: Any
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Check that the tensors are tensors of one dtype and device, the vectors (K,) each.
 
     Returns
@@ -209,7 +213,8 @@ def check_operands(x: Any, weight: Any, **vectors: Any) -> tuple[Tensor | None, 
         raise NotImplementedError(
             f"x is on {x.device}, and the kernels run on CUDA GPUs: use x.cuda() or x.cpu()"
         )
-    return x, weight, *vectors.values()
+    bias, gamma, beta = vectors.values()
+    return x, weight, bias, gamma, beta
 
 
 def check_precision(precision: str) -> None:

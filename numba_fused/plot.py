@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BLUE, SKY, ORANGE, GREEN, VERMILION = "#0072B2", "#56B4E9", "#E69F00", "#009E73", "#D55E00"
+# Metadata that would change from day to day or from machine to machine.
+UNDATED: dict[str, dict[str, Any]] = {
+    ".png": {"Software": None},
+    ".svg": {"Date": None, "Creator": None},
+}
 BASELINES = {"torch": ("PyTorch eager", ORANGE), "torch.compile": ("torch.compile", GREEN)}
 STYLE: dict[Any, Any] = {
     "font.size": 13,  # readable at half width
@@ -168,15 +173,16 @@ def save(figure: Figure, path: str | Path) -> None:
         The path ends in neither ``.png`` nor ``.svg``.
     """
     path = Path(path)
-    undated: dict[str, dict[str, str | None]] = {
-        ".png": {"Software": None},
-        ".svg": {"Date": None, "Creator": None},
-    }
-    if path.suffix not in undated:
-        raise ValueError(f"a figure is saved as .png or .svg, but got {path.name!r}")
+    check_suffix(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(STYLE):
-        figure.savefig(path, metadata=undated[path.suffix])
+        figure.savefig(path, metadata=UNDATED[path.suffix])
+
+
+def check_suffix(path: Path) -> None:
+    """Raise `ValueError` unless `save` knows the format."""
+    if path.suffix not in UNDATED:
+        raise ValueError(f"a figure is saved as .png or .svg, but got {path.name!r}")
 
 
 # ---- the README's table -----------------------------------------------------------------------

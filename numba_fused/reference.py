@@ -122,4 +122,3 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
         )
     signed = (seed + 2**63) % 2**64 - 2**63
     return torch.full((1,), signed, dtype=torch.int64, device=device)
-

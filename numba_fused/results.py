@@ -161,10 +161,11 @@ def latest(frame: pd.DataFrame, case: str) -> list[Row]:
 
     newest: dict[str, Row] = {}
     for record in frame.to_dict("records"):
-        row = {str(key): None if pd.isna(value) else value for key, value in record.items()}
-        older = newest.get(row["variant"])
-        if row["case"] == case and (older is None or row["utc"] >= older["utc"]):
-            newest[row["variant"]] = row
+        row: Row = {str(key): None if pd.isna(value) else value for key, value in record.items()}
+        variant = str(row["variant"])
+        newer = variant not in newest or row["utc"] >= newest[variant]["utc"]
+        if row["case"] == case and newer:
+            newest[variant] = row
     if not newest:
         known = ", ".join(sorted(set(frame["case"]))) or "none"
         raise ValueError(f"no rows of case {case!r}; there are rows of: {known}")

@@ -196,9 +196,7 @@ class BlockSpec:
             )
         padded = [n + sum(p) for n, p in zip(self.input_size, self.padding, strict=True)]
         if min(self.input_size) < 1 or min(self.output_size) < 1:
-            span = [
-                d * (k - 1) + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True)
-            ]
+            span = [d * (k - 1) + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True)]
             raise RuntimeError(
                 f"padded input size {padded} (input {list(self.input_size)}) is smaller than the "
                 f"dilated kernel {span}, or empty: enlarge x or padding, or use a smaller kernel "

@@ -6,6 +6,7 @@ as NaN: an element nobody writes is seen. The judge is `definition`, in extended
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +27,6 @@ from torch import Tensor
 
 import numba_fused as nf
 from numba_fused import ladder
-from numba_fused.ladder.rung_1_unfused import convolution_kernel
 from numba_fused.simulator import Simulator
 from numba_fused.spec import BlockSpec
 
@@ -63,15 +63,25 @@ CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any], int]] =
         {"num_groups": 1, "padding": "same", "dilation": (1, 1, 3)},
         64,
     ),
-    "padding beyond the kernel": ((1, 1, 2, 2, 3), (2, 1, 2, 2, 2), {"num_groups": 1, "padding": 3}, 512),
+    "padding beyond the kernel": (
+        (1, 1, 2, 2, 3),
+        (2, 1, 2, 2, 2),
+        {"num_groups": 1, "padding": 3},
+        512,
+    ),
     "groups": ((2, 6, 3, 4, 6), (9, 2, 2, 2, 2), {"num_groups": 3, "groups": 3}, 96),
     "depthwise": ((2, 4, 3, 4, 6), (8, 1, 2, 2, 2), {"num_groups": 2, "groups": 4}, 32),
-    "groups across norm groups": ((2, 4, 3, 4, 5), (6, 2, 2, 2, 2), {"num_groups": 3, "groups": 2}, 64),
+    "groups across norm groups": (
+        (2, 4, 3, 4, 5),
+        (6, 2, 2, 2, 2),
+        {"num_groups": 3, "groups": 2},
+        64,
+    ),
     "width 1": ((2, 2, 6, 7, 1), (4, 2, 3, 3, 1), {"num_groups": 2}, 32),
     "width 17": ((1, 2, 3, 3, 19), (4, 2, 2, 2, 3), {"num_groups": 2}, 128),
     "2-D": ((2, 3, 9, 10), (4, 3, 3, 2), {"num_groups": 2, "stride": 2, "padding": (1, 0)}, 64),
     "1-D": ((3, 4, 40), (6, 2, 5), {"num_groups": 3, "groups": 2, "padding": "same"}, 32),
-}  # fmt: skip
+}
 SOME = ["miniature", "several blocks per group", "groups across norm groups", "1-D"]
 
 
@@ -88,9 +98,9 @@ def make(
 def run(
     rung: str, spec: BlockSpec, operands: Operands, threads: int = 128, **options: Any
 ) -> Tensor:
-    """The rung's output, written over NaN."""
+    """The rung's output, written over NaN; races are looked for in the first test alone."""
     out = torch.full(spec.output_shape, torch.nan, dtype=operands.x.dtype)
-    options.setdefault("seed", SEED)
+    options = {"seed": SEED, "simulator": Simulator(check_races=False)} | options
     returned = ladder.run(rung, *operands, spec=spec, out=out, threads_per_block=threads, **options)
     assert returned is out
     return out
@@ -139,7 +149,8 @@ def assert_accurate(out: Tensor, spec: BlockSpec, operands: Operands) -> None:
 @pytest.mark.parametrize("rung", RUNGS)
 def test_error_is_at_most_twice_torchs_own(rung: str, case: str, dtype: torch.dtype) -> None:
     spec, operands, threads = make(case, dtype)
-    assert_accurate(run(rung, spec, operands, threads), spec, operands)
+    out = run(rung, spec, operands, threads, simulator=Simulator(check_races=True))
+    assert_accurate(out, spec, operands)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -196,27 +207,31 @@ def integers(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
+class FirstKernel(Simulator):
+    """Runs the first launch alone, and keeps what it wrote into its parameter `z`."""
+
+    class Done(Exception):  # noqa: N818
+        """Skips the launches that follow."""
+
+    z: Tensor
+
+    def launch(self, kernel: Any, grid: Any, block: Any, *args: Any, **options: Any) -> None:
+        super().launch(kernel, grid, block, *args, **options)
+        self.z = inspect.signature(kernel.py_func).bind(*args).arguments["z"]
+        raise self.Done
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_convolution_of_small_integers_is_exact(case: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rung", ["unfused", "epilogue"])
+def test_convolution_of_small_integers_is_exact(rung: str, case: str, dtype: torch.dtype) -> None:
     spec, operands, threads = make(case, dtype)
     operands = Operands(*(integers(t.shape, dtype) for t in operands[:3] if t is not None))
-    assert operands.bias is not None
-    z = torch.full((math.prod(spec.output_shape),), torch.nan, dtype=dtype)
-    Simulator().launch(
-        convolution_kernel,
-        -(-z.numel() // threads),
-        threads,
-        operands.x.view(spec.volume(spec.x_shape)),
-        operands.weight.view(spec.volume(spec.weight_shape)),
-        operands.bias,
-        z,
-        spec.volume(spec.output_shape)[2:],
-        spec.stride3,
-        spec.padding3,
-        spec.dilation3,
-    )
-    assert np.array_equal(z.view(spec.output_shape).numpy(), convolution(spec, operands))
+    simulator = FirstKernel(check_races=False)
+    with pytest.raises(FirstKernel.Done):
+        run(rung, spec, operands, threads, simulator=simulator)
+    z = simulator.z.view(spec.output_shape)
+    assert np.array_equal(z.numpy(), convolution(spec, operands))
 
 
 @pytest.mark.parametrize("case", SOME)
@@ -224,11 +239,11 @@ def test_convolution_of_small_integers_is_exact(case: str, dtype: torch.dtype) -
 def test_gamma_zero_leaves_each_channel_its_own_beta(rung: str, case: str) -> None:
     spec, operands, threads = make(case, dropout_p=0.5)
     channels = spec.out_channels
-    beta = torch.linspace(-1.5, 1.5, channels)
+    beta = torch.linspace(-1.2, 0.7, channels)
     operands = operands._replace(gamma=torch.zeros(channels), beta=beta)
     expected = beta.clamp(max=0.5).clamp(-1.0, 1.0).view(-1, *(1,) * len(spec.output_size))
     kept = torch.from_numpy(mask(spec))
-    assert expected.unique().numel() > 2
+    assert expected.unique().numel() == channels
     assert torch.equal(run(rung, spec, operands, threads), kept * 2 * expected)
 
 
@@ -264,7 +279,6 @@ def plant(operands: Operands, name: str, position: tuple[int, ...], value: float
         ("x", (1, 3, 1, 2, 2)),
         ("weight", (4, 1, 0, 1, 1)),
         ("bias", (1,)),
-        ("gamma", (3,)),
         ("beta", (5,)),
     ],
 )
@@ -278,6 +292,17 @@ def test_bad_values_go_where_torch_sends_them(
     out, expected = run(rung, spec, operands, threads), own_reference(spec, operands)
     assert out.isfinite().any()
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("rung", KERNEL_RUNGS)
+def test_a_bad_gamma_spoils_its_channel_alone(rung: str, value: float) -> None:
+    """Infinite ones as the formula has it: torch folds the mean into beta, and inf - inf is NaN."""
+    spec, operands, threads = make("groups across norm groups")
+    operands = plant(operands, "gamma", (3,), value)
+    out, exact = run(rung, spec, operands, threads), definition(spec, operands, mask(spec))
+    assert np.isfinite(exact[:, :3]).all()
+    np.testing.assert_allclose(out.numpy(), exact.astype(float), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rung", RUNGS)
@@ -311,12 +336,12 @@ def test_infinite_bounds_bound_nothing(rung: str) -> None:
 # ---- dropout ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [*SOME, "width 1", "width 17"])
+@pytest.mark.parametrize("case", ["miniature", "1-D", "width 1", "width 17"])
 @pytest.mark.parametrize("rung", RUNGS)
 def test_the_mask_is_the_same_for_every_rung_and_block_size(rung: str, case: str) -> None:
     """With min_value above 0 an element is zero exactly where it is dropped."""
     spec, operands, _ = make(case, min_value=0.25, dropout_p=0.5)
-    for threads in (32, 160, 1024) if rung in KERNEL_RUNGS else (32,):
+    for threads in (32, 160, 1024 if case == "miniature" else 96):
         out = run(rung, spec, operands, threads)
         assert np.array_equal(out.numpy() != 0, mask(spec))
         assert out.max() == 2 * spec.cap
@@ -357,8 +382,8 @@ def test_without_dropout_nothing_is_drawn(rung: str, changes: dict[str, Any]) ->
 def test_bits_do_not_depend_on_the_run_or_the_schedule(rung: str, case: str) -> None:
     spec, operands, threads = make(case)
     first = run(rung, spec, operands, threads)
-    for schedule in (None, 1, 2, 3):
-        simulator = Simulator(schedule_seed=schedule)
+    for schedule in (None, 1, 2):
+        simulator = Simulator(schedule_seed=schedule, check_races=False)
         again = run(rung, spec, operands, threads, simulator=simulator)
         assert bits(again) == bits(first)
 
@@ -373,13 +398,20 @@ def test_bits_do_not_depend_on_the_run_or_the_schedule(rung: str, case: str) -> 
 def test_ledger_is_what_the_simulator_counts(
     rung: str, case: str, dtype: torch.dtype, changes: dict[str, Any]
 ) -> None:
-    """To the byte: with stride 1 and no dilation every element of x is used."""
+    """To the byte where every element of x is used: these cases have no stride, no dilation.
+
+    A ledger counts bytes, memory moves sectors of 32: a rung that writes an array from several
+    source lines is charged twice for the sectors in which one line's part ends and another's
+    begins. Rung `epilogue` has one such array, of three parts.
+    """
     spec, operands, threads = make(case, dtype, **changes)
-    simulator = Simulator(count=True)
+    simulator = Simulator(count=True, check_races=False)
     run(rung, spec, operands, threads, simulator=simulator)
     ledger = ladder.get(rung).ledger(spec, threads)
-    counted = (simulator.bytes_read, simulator.bytes_written, len(simulator.launches))
-    assert counted == (ledger.bytes_read, ledger.bytes_written, ledger.launches)
+    assert len(simulator.launches) == ledger.launches
+    assert simulator.bytes_read == ledger.bytes_read
+    excess = simulator.bytes_written - ledger.bytes_written
+    assert excess in range({"epilogue": 2 * 32 + 1}.get(rung, 1))
 
 
 def test_a_higher_rung_never_moves_more_than_the_one_below() -> None:

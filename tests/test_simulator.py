@@ -1,5 +1,10 @@
 """The simulator computes what a GPU computes: arithmetic, collectives, barriers, arrays."""
 
+# numba declares its device API as empty classes, which no call in a kernel can satisfy:
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportFunctionMemberAccess=false, reportGeneralTypeIssues=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportOptionalSubscript=false
+
 import math
 
 import numba
@@ -401,7 +406,7 @@ def test_activemask_is_who_came_this_way(sim):
 @cuda.jit
 def exchange(out):
     t = cuda.threadIdx.x
-    values = cuda.exchange_sync(0xFFFF, t * t) if t < 16 else (None,)  # type: ignore[attr-defined]
+    values = cuda.exchange_sync(0xFFFF, t * t) if t < 16 else (None,)
     if t == 3:
         out[0] = values[15]
         out[1] = values[16] is None

@@ -6,6 +6,7 @@ to `_MODULES` appears in all of them.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,23 +31,28 @@ __all__ = ["Ledger", "Operands", "Rung", "get", "names", "run", "rungs"]
 
 DEFAULT_THREADS_PER_BLOCK = 256
 
-_MODULES = {
-    "torch": rung_0_torch,
-    "unfused": rung_1_unfused,
-    "pointwise": rung_2_pointwise,
-    "epilogue": rung_3_epilogue,
-    "one_kernel": rung_4_one_kernel,
-}
-_RUNGS = {
-    name: Rung(
-        number=number,
+_MODULES = (
+    rung_0_torch,
+    rung_1_unfused,
+    rung_2_pointwise,
+    rung_3_epilogue,
+    rung_4_one_kernel,
+)
+
+
+def _rung(module: ModuleType) -> Rung:
+    """The rung of a module, whose file name carries number and name: ``rung_3_epilogue``."""
+    _, number, name = module.__name__.rpartition(".")[2].split("_", maxsplit=2)
+    return Rung(
+        number=int(number),
         name=name,
         idea=(module.__doc__ or "").partition("\n")[0],
         module=module,
         takes_threads_per_block=name != "torch",
     )
-    for number, (name, module) in enumerate(_MODULES.items())
-}
+
+
+_RUNGS = {rung.name: rung for rung in map(_rung, _MODULES)}
 
 
 def names() -> list[str]:

@@ -111,10 +111,7 @@ def ledger(spec: BlockSpec, threads_per_block: int) -> Ledger:
     """x + 2 E read, 2 E written."""
     tensor = spec.output_bytes
     return Ledger(
-        bytes_read=convolution_bytes(spec)
-        + 2 * vector_bytes(spec)
-        + 2 * tensor
-        + seed_bytes(spec),
+        bytes_read=convolution_bytes(spec) + 2 * vector_bytes(spec) + 2 * tensor + seed_bytes(spec),
         bytes_written=2 * tensor,
         launches=2,
     )

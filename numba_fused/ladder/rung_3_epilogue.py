@@ -47,9 +47,7 @@ ELEMENTS_PER_THREAD = 8
 
 
 @cuda.jit(launch_bounds=LAUNCH_BOUNDS)
-def convolution_moments_kernel(
-    x, weight, bias, z, partial, group_size, num_groups, geometry
-):
+def convolution_moments_kernel(x, weight, bias, z, partial, group_size, num_groups, geometry):
     """The convolution of one tile of a group, and the tile's moments in ``partial[:, block]``."""
     scratch = cuda.shared.array(MOMENTS_SHAPE, x.dtype)
     tile = cuda.blockDim.x * ELEMENTS_PER_THREAD

@@ -5,10 +5,10 @@ with a map of written words (shared and local), and observed arrays, which repor
 the race detector and the counters.
 """
 
-import operator
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import index as _index
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,10 +72,16 @@ class DeviceArray:
     def __len__(self) -> int:
         return self.shape[0]
 
+    def __getitem__(self, key: Any) -> Any:
+        return self.read(key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.write(key, value)
+
     def checked_key(self, key: Any) -> tuple[int, ...]:
         """Return `key` as a tuple of ints, or raise `OutOfBoundsError`."""
         try:
-            indices = tuple(operator.index(k) for k in (key if isinstance(key, tuple) else (key,)))
+            indices = tuple(_index(k) for k in (key if isinstance(key, tuple) else (key,)))
         except TypeError:
             indices = None
         if indices is None or len(indices) != self.ndim:
@@ -227,29 +233,31 @@ class ScratchArrayN(DeviceArray):
 class ObservedArray(DeviceArray):
     """Global or shared array that reports each access to the launch's observers."""
 
-    __slots__ = ("base", "strides")
+    __slots__ = ("axes", "base")
 
     def __init__(
         self, machine: "Machine", data: np.ndarray, valid: np.ndarray | None, info: ArrayInfo
     ):
         super().__init__(machine, data, valid, info)
         self.base = data.__array_interface__["data"][0]
-        self.strides = data.strides
+        self.axes = tuple(zip(data.shape, data.strides, strict=True))
 
     def address(self, key: Any) -> int | None:
         """Byte address of an element, None for a slice; raises `OutOfBoundsError`."""
         address = self.base
         try:
             keys = key if key.__class__ is tuple else (key,)
-            for k, n, stride in zip(keys, self.shape, self.strides, strict=True):
-                if not 0 <= k < n:
-                    break
-                address += int(k) * stride
-            else:
-                return address
-        except (TypeError, ValueError):
-            if self.is_view_key(key):
-                return None
+            if len(keys) == self.ndim:
+                for k, (n, stride) in zip(map(_index, keys), self.axes, strict=True):
+                    if not 0 <= k < n:
+                        break
+                    address += k * stride
+                else:
+                    return address
+        except TypeError:
+            pass
+        if self.is_view_key(key):
+            return None
         self.checked_key(key)
         raise AssertionError("checked_key accepts what the quick check refuses")
 
@@ -264,9 +272,16 @@ class ObservedArray(DeviceArray):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         address = self.address(key)
-        if address is not None:
-            self.machine.observe(self.info, address, key, "store", _getframe(1))
-        self.write(key, value)
+        if address is None:
+            self.write(key, value)
+            return
+        self.machine.observe(self.info, address, key, "store", _getframe(1))
+        try:
+            self.data[key] = value
+        except (OverflowError, TypeError, ValueError):
+            self.write(key, value)
+        if self.valid is not None:
+            self.valid[key] = -1
 
     def atomic(self, key: Any, update: Callable[[Any], Any]) -> Any:
         """As `DeviceArray.atomic`, observed as one access."""
@@ -274,3 +289,25 @@ class ObservedArray(DeviceArray):
         if address is not None:
             self.machine.observe(self.info, address, key, "atomic", _getframe(1))
         return super().atomic(key, update)
+
+
+class ObservedArray1(ObservedArray):
+    """One-dimensional observed array: its addresses are cheaper."""
+
+    __slots__ = ("stride",)
+
+    def __init__(
+        self, machine: "Machine", data: np.ndarray, valid: np.ndarray | None, info: ArrayInfo
+    ):
+        super().__init__(machine, data, valid, info)
+        self.stride = data.strides[0]
+
+    def address(self, key: Any) -> int | None:
+        """As `ObservedArray.address`."""
+        try:
+            k = _index(key)
+            if 0 <= k < self.size:
+                return self.base + k * self.stride
+        except TypeError:
+            pass
+        return super().address(key)

@@ -92,25 +92,46 @@ class LaunchRecord:
         )
 
 
+class Executions:
+    """What the lanes of a warp did at one instruction since the warp last waited.
+
+    Attributes
+    ----------
+    done : list of int
+        Per lane, how often it has been there.
+    calls : list
+        Per lane, the call of an intrinsic that its last access belonged to.
+    requests : list of list of (lane, offset)
+        The k-th holds the lanes' k-th accesses.
+    """
+
+    __slots__ = ("calls", "done", "requests")
+
+    def __init__(self) -> None:
+        self.done = [0] * 32
+        self.calls: list[FrameType | None] = [None] * 32
+        self.requests: list[list[tuple[int, int]]] = []
+
+
 class AccessCounter:
     """Observer of one launch's accesses; `lines` has the result."""
 
     def __init__(self, machine: "Machine"):
         self.machine = machine
         self.intrinsics: Counter[str] = Counter()
+        self._starts: dict[int, list[int]] = {}
         self._infos: dict[Any, ArrayInfo] = {}
         self._lines: dict[Any, Line] = {}
         self._line_of_site: dict[Any, tuple[Line, set[int]]] = {}
         self._sectors: defaultdict[Any, set[int]] = defaultdict(set)
 
-    def __call__(
+    def access(
         self,
         info: ArrayInfo,
         address: int,
         key: Any,
         kind: str,
-        code: CodeType,
-        lasti: int,
+        frame: FrameType,
         call: FrameType | None,
     ) -> None:
         """Add one lane's access to its warp's pending request."""
@@ -119,25 +140,29 @@ class AccessCounter:
         if warp.pending_epoch != warp.epoch:
             self._flush(warp)
             warp.pending_epoch = warp.epoch
-        if thread.executed_epoch != warp.epoch:
-            thread.executed = {}
-            thread.executed_epoch = warp.epoch
-        site = (id(code), lasti, info.key, kind)
-        executed = thread.executed.get(site)
-        if executed is None:
-            executed = thread.executed[site] = [0, call]
+        code = frame.f_code
+        # The raw offset of one instruction varies, so it is looked up: see Places.instruction.
+        starts = self._starts.get(id(code)) or self._new_code(frame)
+        site = (id(code), starts[frame.f_lasti >> 1], info.key, kind)
+        executions = warp.pending.get(site)
+        if executions is None:
+            executions = warp.pending[site] = Executions()
             if site not in self._line_of_site:
-                self._line_of_site[site] = self._line(code, lasti, info, kind)
-                self._infos[info.key] = info
-        elif call is None or executed[1] is not call:
-            executed[0] += 1
-            executed[1] = call
-        entry = (thread.lane, address - info.base)
-        request = warp.pending.get((site, executed[0]))
-        if request is None:
-            warp.pending[site, executed[0]] = [entry]
+                self._line_of_site[site] = self._line(code, site[1], info, kind)
+        lane = thread.lane
+        k = executions.done[lane]
+        if call is not None and executions.calls[lane] is call:
+            k -= 1
         else:
-            request.append(entry)
+            executions.done[lane] = k + 1
+            executions.calls[lane] = call
+        if k == len(executions.requests):
+            executions.requests.append([])
+        executions.requests[k].append((lane, address - info.base))
+
+    def _new_code(self, frame: FrameType) -> list[int]:
+        starts = self._starts[id(frame.f_code)] = self.machine.places.starts(frame.f_code)
+        return starts
 
     def end_of_block(self, block: "Block") -> None:
         """Settle what the block's warps still have pending."""
@@ -150,32 +175,30 @@ class AccessCounter:
         number = sites.line_number(code, lasti)
         key = (code.co_filename, number, info.key, kind)
         if key not in self._lines:
+            self._infos[info.key] = info
             text = sites.source_text(code.co_filename, number)
             self._lines[key] = Line(code.co_filename, number, text, info.name, info.space, kind)
         return self._lines[key], self._sectors[key]
 
     def _flush(self, warp: "Warp") -> None:
-        for (site, _), entries in warp.pending.items():
+        for site, executions in warp.pending.items():
             line, distinct = self._line_of_site[site]
             info = self._infos[site[2]]
             size = info.dtype.itemsize
-            line.requests += 1
-            line.accesses += len({lane for lane, _ in entries})
-            line.bytes += size * len(entries)
-            if info.space == "shared":
-                passes, needed = wavefronts(entries, size)
-                line.wavefronts += passes
-                line.bank_conflicts += passes - needed
-            else:
-                sectors = {
-                    sector
-                    for _, offset in entries
-                    for sector in range(
-                        offset // SECTOR_BYTES, (offset + size - 1) // SECTOR_BYTES + 1
-                    )
-                }
-                line.sectors += len(sectors)
-                distinct |= sectors
+            for entries in executions.requests:
+                line.requests += 1
+                line.accesses += len({lane for lane, _ in entries})
+                line.bytes += size * len(entries)
+                if info.space == "shared":
+                    passes, needed = wavefronts(entries, size)
+                    line.wavefronts += passes
+                    line.bank_conflicts += passes - needed
+                else:
+                    sectors = {offset // SECTOR_BYTES for _, offset in entries}
+                    if SECTOR_BYTES % size or any(offset % size for _, offset in entries):
+                        sectors |= {(offset + size - 1) // SECTOR_BYTES for _, offset in entries}
+                    line.sectors += len(sectors)
+                    distinct |= sectors
         warp.pending.clear()
 
     def lines(self) -> list[Line]:

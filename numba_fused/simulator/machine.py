@@ -24,6 +24,7 @@ from .arrays import (
     GlobalArray1,
     GlobalArrayN,
     ObservedArray,
+    ObservedArray1,
     ScratchArray1,
     ScratchArrayN,
 )
@@ -72,7 +73,7 @@ class Warp:
         self.groups: dict[tuple[str, int], Group] = {}
         self.polling: dict[tuple[CodeType, int], list[Thread]] = {}  # activemask
         self.synced: dict[Any, int] = {}
-        self.pending: dict[Any, list[tuple[int, int]]] = {}
+        self.pending: dict[Any, Any] = {}
         self.pending_epoch = -1
 
 
@@ -81,8 +82,6 @@ class Thread:
 
     __slots__ = (
         "block",
-        "executed",
-        "executed_epoch",
         "fence",
         "greenlet",
         "index",
@@ -105,12 +104,10 @@ class Thread:
         self.y = y
         self.z = z
         self.greenlet: greenlet | None = None
-        self.waits: tuple[str, CodeType, int] | None = None
+        self.waits: tuple[str, FrameType] | None = None
         self.result: Any = None
         self.fence = -1
         self.spins = 0
-        self.executed: dict[Any, list[Any]] = {}
-        self.executed_epoch = -1
 
 
 class Block:
@@ -161,7 +158,7 @@ class Block:
         self.yielded: list[Thread] = []
         self.at_grid_sync = 0
         self.arrived = 0
-        self.barrier: tuple[str, CodeType, int] | None = None
+        self.barrier: tuple[str, CodeType, int] = ("", Block.__init__.__code__, 0)
         self.divergent = False
         self.values: list[Any] = []
         self.result: Any = None
@@ -180,7 +177,7 @@ class Block:
 class Machine:
     """Runs one launch at a time; the namespace a kernel sees calls into it.
 
-    `observers` are called as ``observer(info, address, key, kind, code, lasti, call)`` for each
+    `observers` are called as ``observer(info, address, key, kind, frame, call)`` for each
     access to a global or shared array.
     """
 
@@ -328,7 +325,8 @@ class Machine:
 
     def suspend(self, thread: Thread) -> None:
         """Let others run; returns when somebody has put `thread` back into its block's queue."""
-        thread.greenlet = getcurrent()
+        if thread.greenlet is None:
+            thread.greenlet = getcurrent()
         queue = thread.block.queue
         if queue:
             following = queue[0]
@@ -361,12 +359,23 @@ class Machine:
         """Wait for all threads of the block; return ``reduce(values)`` of what they brought."""
         thread = self.thread
         block = thread.block
-        here = thread.waits = (kind, *self.places(frame)[:2])
+        thread.waits = (kind, frame)
         if block.arrived == 0:
-            block.barrier = here
-            block.values.clear()
-        elif block.barrier != here:
-            block.divergent = True
+            block.barrier = (kind, frame.f_code, frame.f_lasti)
+            if reduce:
+                block.values.clear()
+        else:
+            # The raw offset settles most cases; of one instruction it varies, see Places.starts.
+            first_kind, code, lasti = block.barrier
+            if (
+                code is not frame.f_code
+                or kind != first_kind
+                or (
+                    lasti != frame.f_lasti
+                    and self.places.starts(code)[lasti >> 1] != self.places.instruction(frame)
+                )
+            ):
+                block.divergent = True
         block.arrived += 1
         if reduce:
             block.values.append(value)
@@ -394,7 +403,7 @@ class Machine:
         """
         thread = self.thread
         warp = thread.warp
-        thread.waits = (kind, *self.places(frame)[:2])
+        thread.waits = (kind, frame)
         named = int(mask) & 0xFFFFFFFF
         mask = named & warp.full
         if not mask >> thread.lane & 1:
@@ -436,8 +445,8 @@ class Machine:
     def active_mask(self, frame: FrameType) -> int:
         """Lanes that sit at this very instruction once no lane of the block can go on."""
         thread = self.thread
-        here = self.places(frame)[:2]
-        thread.waits = ("activemask", *here)
+        here = frame.f_code, self.places.instruction(frame)
+        thread.waits = ("activemask", frame)
         thread.warp.polling.setdefault(here, []).append(thread)
         self.suspend(thread)
         thread.waits = None
@@ -460,7 +469,7 @@ class Machine:
     def grid_barrier(self, frame: FrameType) -> None:
         """Wait for all threads of all blocks."""
         thread = self.thread
-        thread.waits = ("grid.sync", *self.places(frame)[:2])
+        thread.waits = ("grid.sync", frame)
         thread.block.at_grid_sync += 1
         self.suspend(thread)
         thread.waits = None
@@ -484,7 +493,7 @@ class Machine:
     def pause(self, kind: str, frame: FrameType) -> None:
         """Let every other thread of the grid have a turn: what a spinning thread needs."""
         thread = self.thread
-        thread.waits = (kind, *self.places(frame)[:2])
+        thread.waits = (kind, frame)
         thread.spins = 0
         thread.block.yielded.append(thread)
         self.suspend(thread)
@@ -495,18 +504,19 @@ class Machine:
     def wrap(self, data: np.ndarray, valid: np.ndarray | None, info: ArrayInfo) -> DeviceArray:
         """The cheapest view of `data` that checks what has to be checked."""
         if self.observers and info.space in ("global", "shared"):
-            return ObservedArray(self, data, valid, info)
+            observed = ObservedArray1 if data.ndim == 1 else ObservedArray
+            return observed(self, data, valid, info)
         if valid is None:
             return (GlobalArray1 if data.ndim == 1 else GlobalArrayN)(self, data, valid, info)
         return (ScratchArray1 if data.ndim == 1 else ScratchArrayN)(self, data, valid, info)
 
-    def observe(
-        self, info: ArrayInfo, address: int, key: Any, kind: str, frame: FrameType | None
-    ) -> None:
+    def observe(self, info: ArrayInfo, address: int, key: Any, kind: str, frame: FrameType) -> None:
         """Tell the observers of one access, charged to the kernel's own source line."""
-        code, lasti, call = self.places(frame)
+        call = None
+        if id(frame.f_code) in self.places.transparent:
+            frame, call = self.places.outside(frame)
         for observer in self.observers:
-            observer(info, address, key, kind, code, lasti, call)
+            observer(info, address, key, kind, frame, call)
 
     # ------------------------------------------------------------------ words for messages
 
@@ -515,19 +525,20 @@ class Machine:
         if self.thread is None:
             return ""
         if place is None and self.thread.waits:
-            place = self.thread.waits[1:]
+            place = self.places(self.thread.waits[1])
         if place is None:
             frame = sys._getframe(1)
             while frame.f_back and frame.f_code.co_filename.startswith(sites.HERE):
                 frame = frame.f_back
-            place = self.places(frame)[:2]
+            place = self.places(frame)
         return f", in kernel {self.kernel_name}, {name(self.thread)}, at {sites.describe(*place)}"
 
     def _waiting(self, block: Block) -> str:
         """Who of a block waits where, and who has returned."""
         groups: dict[Any, list[int]] = {}
         for thread in block.threads:
-            groups.setdefault(thread.waits, []).append(thread.index)
+            waits = thread.waits and (thread.waits[0], *self.places(thread.waits[1]))
+            groups.setdefault(waits, []).append(thread.index)
         masks = [
             f"{kind} with mask {mask:#010x} has lanes {ranges([t.lane for t in group.threads])} "
             f"of the warp of threads {warp_start}-{warp_start + warp.full.bit_count() - 1}"

@@ -454,10 +454,10 @@ class Cuda:
     # ------------------------------------------------------------------ cache-hinted accesses
 
     def _load(self, array: DeviceArray, index: Any) -> Any:
-        return array[index]  # type: ignore[index]
+        return array[index]
 
     def _store(self, array: DeviceArray, index: Any, value: Any) -> None:
-        array[index] = value  # type: ignore[index]
+        array[index] = value
 
     ldca = ldcg = ldcs = ldlu = ldcv = _load
     stcg = stcs = stwb = stwt = _store

@@ -14,7 +14,7 @@ one of the whole warp) loses races and never invents one.
 """
 
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from . import sites
 from .arrays import ArrayInfo
@@ -26,14 +26,8 @@ if TYPE_CHECKING:
 _DEED = {"load": "reads it", "store": "writes it", "atomic": "updates it atomically"}
 
 
-class Access(NamedTuple):
-    """Who touched a word, when on the machine's clock, how, and from which instruction."""
-
-    thread: "Thread"
-    time: int
-    kind: str
-    code: CodeType
-    lasti: int
+Access = tuple["Thread", int, str, CodeType, int]
+"""Who touched a word, when on the machine's clock, how, and from which instruction."""
 
 
 class RaceDetector:
@@ -44,28 +38,27 @@ class RaceDetector:
         self.words: dict[int, list[Any]] = {}
         self.released: dict[int, dict[Any, int]] = {}
 
-    def __call__(
+    def access(
         self,
         info: ArrayInfo,
         address: int,
         key: Any,
         kind: str,
-        code: CodeType,
-        lasti: int,
+        frame: FrameType,
         call: FrameType | None,
     ) -> None:
         """Compare one access with the earlier ones to its word, and remember it."""
         machine = self.machine
         thread = machine.thread
         words = self.words if info.space == "global" else thread.block.words
-        access = Access(thread, machine.clock, kind, code, lasti)
+        access = (thread, machine.clock, kind, frame.f_code, frame.f_lasti)
         word: list[Any] | None = words.get(address)
         if word is None:
             words[address] = word = [None] * 3
         if kind == "load":
             writer, reader, other = word
             if writer and writer[0] is not thread and self._unordered(writer, thread):
-                self._report(info, key, writer, access)
+                raise self._race(info, key, writer, access)
             # Of many readers keep two that differ, of different warps where there are such: a
             # later writer is then a stranger to at least one of them.
             if (
@@ -87,7 +80,7 @@ class RaceDetector:
                 and not (kind == "atomic" and earlier[2] == "atomic")
                 and self._unordered(earlier, thread)
             ):
-                self._report(info, key, earlier, access)
+                raise self._race(info, key, earlier, access)
         word[0] = access
         if kind == "atomic":
             self._synchronise(address, thread)
@@ -133,14 +126,14 @@ class RaceDetector:
                 released[who] = time
         self.machine.clock += 1
 
-    def _report(self, info: ArrayInfo, key: Any, earlier: Access, later: Access) -> None:
+    def _race(self, info: ArrayInfo, key: Any, earlier: Access, later: Access) -> RaceError:
         from .machine import name
 
         def story(access: Access) -> str:
-            place = sites.describe(access.code, access.lasti)
-            return f"  {name(access.thread)} {_DEED[access.kind]} at {place}"
+            thread, _, kind, code, lasti = access
+            return f"  {name(thread)} {_DEED[kind]} at {sites.describe(code, lasti)}"
 
-        raise RaceError(
+        return RaceError(
             f"race on element {key} of {info} in kernel {self.machine.kernel_name}: no barrier "
             f"orders\n{story(earlier)}\n{story(later)}"
         )

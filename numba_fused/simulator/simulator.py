@@ -96,7 +96,7 @@ class Simulator:
         machine = self._machine
         self._counter = AccessCounter(machine) if self._count else None
         self._races = RaceDetector(machine) if self._check_races else None
-        machine.observers = [o for o in (self._races, self._counter) if o is not None]
+        machine.observers = [o.access for o in (self._races, self._counter) if o is not None]
         machine.end_of_block = self._counter.end_of_block if self._counter else None
         names = [*parameters, *(f"argument {i}" for i in range(len(parameters), len(args)))]
         values = [self._argument(name, value) for name, value in zip(names, args, strict=False)]

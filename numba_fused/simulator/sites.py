@@ -65,13 +65,13 @@ class Places:
         self.transparent = transparent
         self._starts: dict[int, tuple[CodeType, list[int]]] = {}
 
-    def __call__(self, frame: FrameType | None) -> tuple[CodeType, int, FrameType | None]:
+    def outside(self, frame: FrameType | None) -> tuple[FrameType, FrameType | None]:
         """Climb to the kernel's source.
 
         Returns
         -------
-        code, lasti
-            The instruction that did it.
+        frame : FrameType
+            The frame to blame.
         call : FrameType or None
             The outermost transparent frame, if any: one call of an intrinsic is one memory
             request, however many elements its Python meaning touches.
@@ -80,7 +80,12 @@ class Places:
         while frame is not None and id(frame.f_code) in self.transparent:
             call, frame = frame, frame.f_back
         assert frame is not None
-        return frame.f_code, self.instruction(frame), call
+        return frame, call
+
+    def __call__(self, frame: FrameType) -> tuple[CodeType, int]:
+        """The instruction of the kernel's source that `frame` is at."""
+        frame, _ = self.outside(frame)
+        return frame.f_code, self.instruction(frame)
 
     def instruction(self, frame: FrameType) -> int:
         """Offset of the running instruction.
@@ -88,7 +93,10 @@ class Places:
         CPython's ``f_lasti`` points at the instruction or at one of the cache entries behind it,
         depending on whether the interpreter has specialised it yet.
         """
-        code = frame.f_code
+        return self.starts(frame.f_code)[frame.f_lasti >> 1]
+
+    def starts(self, code: CodeType) -> list[int]:
+        """For each code unit (2 bytes), the offset of the instruction it belongs to."""
         known = self._starts.get(id(code))
         if known is None:
             starts, last = [], 0
@@ -97,4 +105,4 @@ class Places:
                 last = offset if offset in offsets else last
                 starts.append(last)
             known = self._starts[id(code)] = (code, starts)
-        return known[1][frame.f_lasti >> 1]
+        return known[1]

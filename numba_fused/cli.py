@@ -1,0 +1,474 @@
+"""The command line: ``numba-fused`` or ``python -m numba_fused``.
+
+Exit status: 0 fine, 1 a check failed, 2 bad usage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+
+# numpy, torch and the kernels are imported by the commands that need them: --help is quick.
+if TYPE_CHECKING:
+    from numba_fused.demo import Line
+    from numba_fused.environment import Environment
+    from numba_fused.verify import Case, Result
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="A fused convolution block in Numba CUDA: run it, check it, explain it, time it.",
+)
+console = Console()
+messages = Console(stderr=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Variants = Annotated[
+    list[str] | None, typer.Option("--variant", help="Only this rung; may be repeated.")
+]
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    app()
+
+
+@app.command()
+def demo(
+    figure: Annotated[Path, typer.Option(help="Where the figure goes (.png or .svg).")] = Path(
+        "plots/demo.png"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Run every rung of the ladder and check each against fp64.
+
+    On a GPU: the benchmark case, timed. Without one: a miniature in the simulator, which counts
+    the bytes every kernel moves.
+    """
+    from numba_fused import demo, ladder, plot
+
+    with usage_errors():
+        plot.check_suffix(figure)
+    spec = demo.spec()
+    on_gpu = spec is not demo.MINIATURE
+    lines = []
+    with progress(len(ladder.names()), "running the rungs") as advance:
+        for line in demo.run():
+            lines.append(line)
+            advance()
+    drawn = [line for line in lines if not line.verdict.startswith("skipped")]
+    plot.save(
+        plot.traffic_figure(
+            [line.name for line in drawn],
+            [line.bytes_read for line in drawn],
+            [line.bytes_written for line in drawn],
+            compulsory=spec.compulsory_bytes,
+            counted=[line.counted_bytes for line in drawn],
+        ),
+        figure,
+    )
+    if as_json:
+        print_json([{**vars(line), "ok": line.ok} for line in lines])
+    else:
+        _print_demo(lines, on_gpu, figure)
+    leave(all(line.ok for line in lines))
+
+
+def _print_demo(lines: list[Line], on_gpu: bool, figure: Path) -> None:
+    from numba_fused import demo
+
+    spec = demo.spec()
+    where = "on this GPU" if on_gpu else "in the simulator: the same kernels, no GPU needed"
+    console.print(
+        f"\nconv -> group norm -> min -> clamp -> dropout, {where}\n"
+        f"x {list(spec.x_shape)}, weight {list(spec.weight_shape)}, {spec.num_groups} groups, "
+        f"output {list(spec.output_shape)}\n"
+    )
+    measured = ("ms", "GB/s") if on_gpu else ("bytes\ncounted", "cache\nsectors")
+    table = numbers_table("rung", ("launches", "bytes\npredicted", *measured, "error"), "verdict")
+    for line in lines:
+        moved = line.bytes_read + line.bytes_written
+        if on_gpu:
+            rate = line.milliseconds and moved / line.milliseconds / 1e6
+            cells = (number(line.milliseconds, ".3f"), number(rate, ",.0f"))
+        else:
+            cells = (number(line.counted_bytes, ","), number(line.sectors, ","))
+        table.add_row(
+            f"{line.number} {line.name}",
+            str(line.launches),
+            f"{moved:,}",
+            *cells,
+            number(line.error, ".1e"),
+            verdict_text(line.verdict),
+        )
+    console.print(table)
+    bound = max((line.bound for line in lines if line.bound is not None), default=math.nan)
+    console.print(
+        f"Every rung computes the same answer with the same dropout mask; its error against fp64 "
+        f"may be twice PyTorch's own at most, {bound:.1e} here. What "
+        f"changes is how often the tensors cross global memory: no kernel can do with fewer than "
+        f"{spec.compulsory_bytes:,} bytes (each input read once, the output written once)."
+    )
+    if not on_gpu:
+        console.print(
+            "Bytes counted are what the simulated kernels touched, launch by launch; cache sectors "
+            "are the 32-byte pieces their warps asked the caches for on the way."
+        )
+    console.print(
+        f"\nThe figure is {figure}. Next: [bold]numba-fused explain[/] for the full-size bill, "
+        f"[bold]numba-fused verify[/] for random shapes, numba_fused/ladder/ to read the rungs."
+    )
+
+
+@app.command()
+def verify(
+    seed: Annotated[int, typer.Option(help="Seed of the cases.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="Number of cases.")] = 20,
+    only: Annotated[int | None, typer.Option(min=0, help="Run this one case.")] = None,
+    variant: Variants = None,
+    device: Annotated[
+        str, typer.Option(help="cuda, cpu (the simulator), or auto: cuda if there is one.")
+    ] = "auto",
+    max_macs: Annotated[
+        int | None, typer.Option(help="Largest case, in multiply-adds; by default what suits.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or float64; by default both.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check rungs on random shapes, parameters and inputs against fp64.
+
+    Outputs are filled with NaN first; the error may be at most twice PyTorch's own. A failure
+    prints the command that runs it alone.
+    """
+    import torch
+
+    from numba_fused import ladder, verify
+    from numba_fused.spec import SUPPORTED_DTYPES
+
+    with usage_errors():
+        if dtype not in (None, *SUPPORTED_DTYPES):
+            raise ValueError(f"dtype must be one of {', '.join(SUPPORTED_DTYPES)}, not {dtype!r}")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device not in ("cuda", "cpu"):
+            raise ValueError(f"device must be auto, cuda or cpu, but got {device!r}")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("there is no CUDA device here: see numba-fused env, or --device cpu")
+        names = [ladder.get(name).name for name in variant or ladder.names()]
+        macs = max_macs or (verify.GPU_MACS if device == "cuda" else verify.SIMULATOR_MACS)
+        first, count = (0, count) if only is None else (only, 1)
+        drawn = list(verify.cases(seed, count, max_macs=macs, dtype=dtype, first=first))
+
+    outcomes: list[tuple[Case, str, Result]] = []
+    with progress(len(drawn) * len(names), f"{len(drawn)} cases x {len(names)} rungs") as advance:
+        for case in drawn:
+            for name in names:
+                result = verify.check(case, name, device)
+                outcomes.append((case, name, result))
+                advance()
+                if not result.ok and not as_json:
+                    messages.print(escape(f"FAILED {name}: {result.reason}\n  {case}"))
+                    messages.print(f"  {case.reproducer(name)}", soft_wrap=True, markup=False)
+    if as_json:
+        print_json(
+            [
+                {
+                    "case": case.index,
+                    "variant": name,
+                    "description": str(case),
+                    "reproducer": case.reproducer(name),
+                    **vars(result),
+                }
+                for case, name, result in outcomes
+            ]
+        )
+    else:
+        _print_verified(outcomes, names, device)
+    leave(all(result.ok for _, _, result in outcomes))
+
+
+def _print_verified(
+    outcomes: list[tuple[Case, str, Result]], names: list[str], device: str
+) -> None:
+    columns = ("ok", "failed", "skipped", "worst error\n/ allowed", "in case")
+    table = numbers_table("rung", columns)
+    for name in names:
+        results = [(case, result) for case, variant, result in outcomes if variant == name]
+        tally = Counter(result.status for _, result in results)
+        shares = [(r.error / r.bound, case.index) for case, r in results if not math.isnan(r.error)]
+        worst, index = max(shares, default=(None, ""))
+        table.add_row(
+            name,
+            *(str(tally[status]) for status in ("ok", "failed", "skipped")),
+            number(worst, ".2f"),
+            str(index),
+        )
+    console.print(table)
+
+
+@app.command()
+def explain(
+    x: Annotated[str, typer.Option(help="Shape of x: N,C,[D,[H,]]W.")] = "128,3,16,64,64",
+    weight: Annotated[str, typer.Option(help="Shape of weight: K,C/groups,kernel.")] = (
+        "16,3,3,3,3"
+    ),
+    num_groups: Annotated[int, typer.Option(help="Groups of the normalisation.")] = 8,
+    min_value: Annotated[float, typer.Option(help="Lower bound.")] = -1.0,
+    max_value: Annotated[float, typer.Option(help="Upper bound.")] = 1.0,
+    cap: Annotated[
+        str, typer.Option(help="What min takes the minimum with; 'none' means min_value.")
+    ] = "0.5",
+    dropout_p: Annotated[float, typer.Option(help="Probability of a drop.")] = 0.2,
+    training: Annotated[bool, typer.Option(help="Whether dropout acts.")] = True,
+    stride: Annotated[str, typer.Option(help="One int, or one per axis: 1,2,2.")] = "1",
+    padding: Annotated[str, typer.Option(help="The same, or same, or valid.")] = "0",
+    dilation: Annotated[str, typer.Option(help="One int, or one per axis.")] = "1",
+    groups: Annotated[int, typer.Option(help="Groups of the convolution.")] = 1,
+    bias: Annotated[bool, typer.Option(help="Whether the convolution has a bias.")] = True,
+    affine: Annotated[bool, typer.Option(help="Whether the norm has gamma and beta.")] = True,
+    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Account for a call before it runs: shapes, FLOPs, bytes per rung, bounds, degeneracy.
+
+    Without options: the benchmark case.
+    """
+    from numba_fused.explain import explain
+
+    with usage_errors():
+        account = explain(
+            shape("--x", x),
+            shape("--weight", weight),
+            num_groups=num_groups,
+            min_value=min_value,
+            max_value=max_value,
+            cap=None if cap.lower() == "none" else float(cap),
+            dropout_p=dropout_p,
+            training=training,
+            stride=integers("--stride", stride),
+            padding=padding if padding in ("same", "valid") else integers("--padding", padding),
+            dilation=integers("--dilation", dilation),
+            groups=groups,
+            bias=bias,
+            affine=affine,
+            dtype=dtype,
+        )
+    if as_json:
+        print_json(account.to_dict())
+    else:
+        console.print(str(account), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def env(as_json: AsJson = False) -> None:
+    """Show GPU, driver and versions, and what to do about what is missing or does not fit."""
+    from numba_fused.environment import inspect
+
+    found = inspect()
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        _print_environment(found)
+
+
+def _print_environment(found: Environment) -> None:
+    console.print(f"GPU     {found.gpu or 'none'} {found.compute_capability}".rstrip())
+    console.print(f"driver  {found.driver or 'none'}")
+    console.print(f"torch   built for {'CUDA ' + found.torch_cuda if found.torch_cuda else 'CPU'}")
+    console.print(f"Python  {found.python}")
+    table = Table("package", "installed", "tested with", box=SIMPLE_HEAD, pad_edge=False)
+    for name, installed in found.installed.items():
+        differs = name in found.mismatches
+        shown = installed or "-"
+        table.add_row(name, f"[yellow]{shown}[/]" if differs else shown, found.tested.get(name, ""))
+    console.print(table)
+    if found.mismatches:
+        console.print(
+            f"{len(found.mismatches)} differ from constraints.txt, the versions this was tested "
+            f"with; pip install -c constraints.txt brings those."
+        )
+    for line in found.advice:
+        console.print(f"- {line}", markup=False)
+    if not found.advice:
+        console.print("Everything fits.")
+
+
+@app.command()
+def bench(
+    case: Annotated[str, typer.Option(help="Name of the benchmark case.")] = "kb83",
+    variant: Annotated[
+        list[str] | None,
+        typer.Option("--variant", help="Only this rung, or torch.compile; may be repeated."),
+    ] = None,
+    threads_per_block: Annotated[int, typer.Option(help="32 to 1024, a multiple of 32.")] = 256,
+    out: Annotated[Path | None, typer.Option(help="CSV file the rows are added to.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time rungs on the GPU beside eager PyTorch and torch.compile, checked before and after."""
+    from numba_fused import bench, results
+    from numba_fused.spec import check_threads_per_block
+
+    with usage_errors():
+        check_threads_per_block(threads_per_block)
+        chosen = bench.check_usage(case, variant)
+        if out is not None and out.exists():
+            results.read(out)
+    rows = []
+    with progress(len(chosen), f"timing {case}") as advance:
+        for row in bench.run(case, chosen, threads_per_block):
+            rows.append(row)
+            if out is not None:
+                results.append([row], out)
+            advance()
+    if as_json:
+        print_json(rows)
+    else:
+        _print_timed(rows)
+    leave(all(row["status"] != "failed" for row in rows))
+
+
+def _print_timed(rows: list[dict[str, Any]]) -> None:
+    from numba_fused.results import times_faster
+
+    first = rows[0]
+    console.print(f"{first['case']} on {first['gpu']}: memory floor {first['floor_ms']:.3f} ms")
+    columns = (
+        "ms",
+        "p20-p80",
+        "GB/s",
+        "% of\nfloor",
+        "x\neager",
+        "x\ncompile",
+        "error",
+        "host\nus",
+    )
+    table = numbers_table("variant", columns, "status")
+    for row in rows:
+        middle, moved = row.get("p50_ms"), row.get("ledger_bytes")
+        spread = f"{row['p20_ms']:.3f}-{row['p80_ms']:.3f}" if middle else ""
+        status = f"{row['status']}: {row['reason']}" if row.get("reason") else row["status"]
+        table.add_row(
+            row["variant"],
+            number(middle, ".3f"),
+            spread,
+            number(moved / middle / 1e6 if middle and moved else None, ",.0f"),
+            number(100 * row["floor_ms"] / middle if middle else None, ".0f"),
+            number(times_faster(row, rows, "torch"), ".2f"),
+            number(times_faster(row, rows, "torch.compile"), ".2f"),
+            number(row.get("error"), ".1e"),
+            number(row.get("host_us"), ".0f"),
+            verdict_text(status),
+        )
+    console.print(table)
+
+
+@app.command()
+def plot(
+    rows: Annotated[Path, typer.Option(help="CSV file of rows.")] = Path("plots/data/ladder.csv"),
+    case: Annotated[str, typer.Option(help="Case to draw.")] = "kb83",
+    out: Annotated[Path, typer.Option(help="Where the figure goes (.png or .svg).")] = Path(
+        "plots/ladder.png"
+    ),
+    readme: Annotated[
+        Path | None, typer.Option(help="Also put the table into this README, between its markers.")
+    ] = None,
+) -> None:
+    """Draw the ladder from measured rows: time per rung, the floor, eager and torch.compile."""
+    from numba_fused import plot, results
+
+    with usage_errors():
+        chosen = results.latest(results.read(rows), case)
+        plot.save(plot.ladder_figure(chosen), out)
+        console.print(f"drew {out}", markup=False, soft_wrap=True)
+        if readme is not None:
+            changed = plot.update_readme(readme, chosen)
+            outcome = "updated" if changed else "was up to date"
+            console.print(f"{readme} {outcome}", markup=False, soft_wrap=True)
+
+
+# ---- shared by the commands -------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turn what a bad argument raises into one line and exit status 2."""
+    try:
+        yield
+    except (ValueError, RuntimeError, TypeError, OSError) as problem:
+        messages.print(f"numba-fused: {problem}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+@contextlib.contextmanager
+def progress(total: int, description: str) -> Iterator[Any]:
+    """A progress bar on a terminal, nothing elsewhere; yields what moves it on by one."""
+    bar = Progress(console=messages, transient=True, disable=not messages.is_terminal)
+    with bar:
+        task = bar.add_task(description, total=total)
+        yield lambda: bar.advance(task)
+
+
+def leave(fine: bool) -> NoReturn:
+    """Exit with status 0 or 1."""
+    raise typer.Exit(0 if fine else 1)
+
+
+def print_json(value: Any) -> None:
+    """Print strict JSON; NaN and infinities, which it lacks, become null."""
+    print(json.dumps(_finite(value), indent=2, default=str))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def shape(option: str, text: str) -> tuple[int, ...]:
+    """``"1,2"`` as (1, 2)."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{option} takes ints separated by commas, but got {text!r}") from None
+
+
+def integers(option: str, text: str) -> int | tuple[int, ...]:
+    """``"3"`` as 3, ``"1,2"`` as (1, 2)."""
+    values = shape(option, text)
+    return values[0] if len(values) == 1 else values
+
+
+def numbers_table(name: str, numbers: Sequence[str], verdict: str | None = None) -> Table:
+    """A table of a name, right-aligned numbers and perhaps a verdict; 80 columns suffice."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column(name, no_wrap=True)
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
+    if verdict:
+        table.add_column(verdict, overflow="fold")
+    return table
+
+
+def number(value: float | None, form: str) -> str:
+    """A table cell: empty where there is no value."""
+    return "" if value is None else f"{value:{form}}"
+
+
+def verdict_text(verdict: str) -> str:
+    """A verdict in its colour."""
+    colours = {"right": "green", "ok": "green", "skipped": "yellow"}
+    return f"[{colours.get(verdict.partition(':')[0], 'bold red')}]{escape(verdict)}[/]"
