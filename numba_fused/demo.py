@@ -127,8 +127,8 @@ def simulate(
         return Line(*identity, f"WRONG: {type(problem).__name__}: {problem}", *predicted)
     seconds = time.perf_counter() - start
     result = ruler.judge(out, keep)
-    # Rung 0 is PyTorch's own: nothing of it but the mask goes through the simulator.
-    ours = rung.number > 0
+    # What PyTorch's own kernels move, nobody here counts.
+    ours = not ledger.library_launches
     touched = [line for launch in simulator.launches for line in launch.lines]
     return Line(
         *identity,

@@ -21,7 +21,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from numba import cuda, int64, uint64
+from numba import cuda, int64, uint32, uint64
 
 from numba_fused.spec import check_dropout_p
 
@@ -97,6 +97,20 @@ def dropout(value, index, seed, width, drop_threshold, keep_scale):
             keep_scale -= keep_scale  # a zero of the value's own type
         value *= keep_scale
     return value
+
+
+@cuda.jit(device=True)
+def keep_bits(seed, stream, drop_threshold):
+    """The 16 decisions of one stream: bit `j` is set where position `j` of the run survives."""
+    s0, s1 = seed_stream(seed, stream)
+    bits = uint32(0)
+    for position in range(0, RUN, 2):
+        result, s0, s1 = step(s0, s1)
+        if int64(result >> uint64(32)) >= drop_threshold:
+            bits = uint32(bits | uint32(1) << uint32(position))
+        if int64(result & LOW_32) >= drop_threshold:
+            bits = uint32(bits | uint32(2) << uint32(position))
+    return bits
 
 
 @cuda.jit

@@ -14,7 +14,7 @@ The judge computes the block in fp64 with the kernels' own dropout mask and asks
 PyTorch's own error is a random number too: on a handful of values its fp32 result can be right
 by luck. So it is the worst of several that are equally good: PyTorch as it comes, on the same
 problem mirrored in space (which sums in another order), and on inputs a last bit away; and
-never less than one unit in the last place of the dtype.
+never less than `LEAST_ERROR`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ SIMULATOR_MACS = 30_000  # a case takes a fraction of a second in the simulator
 GPU_MACS = 200_000_000
 FAMILIES = ("normal", "offset", "integers", "large", "small", "nonfinite")
 THREADS_PER_BLOCK = (32, 64, 96, 128, 256, 512, 1024)
-EPSILON = {"float32": 2.0**-23, "float64": 2.0**-52}
+# The least error that is held against anyone: one unit in the last place in fp32. In fp64, where
+# PyTorch is compared with itself and can agree by luck, 16: still 10**8 times below fp32.
+LEAST_ERROR = {"float32": 2.0**-23, "float64": 2.0**-48}
 # PyTorch evaluations on nudged inputs: a few values need several, many values are an average.
 SAMPLES, FEW_SAMPLES, MANY_VALUES = 8, 1, 100_000
 
@@ -225,7 +227,7 @@ def _case(seed: int, index: int, max_macs: int, dtype: str | None) -> Case:
             affine=affine,
             dtype=dtype or chosen,
         )
-        if spec is not None:
+        if spec is not None and spec.flops <= 2 * max_macs:
             return Case(
                 seed=seed,
                 index=index,
@@ -349,6 +351,9 @@ def _values(generator: np.random.Generator, spec: BlockSpec, family: str) -> tup
         x, bias = x * 1e-4, bias * 1e-4
     elif family == "nonfinite":
         target = (x, weight, bias, beta)[generator.choice(4, p=(0.55, 0.15, 0.15, 0.15))]
+        if target is weight and any(map(sum, spec.padding)):
+            # Whether a library multiplies padding by a NaN or skips it is its own affair.
+            target = x
         for _ in range(generator.integers(1, 3)):
             position = generator.integers(target.size)
             target.flat[position] = generator.choice((np.nan, np.inf, -np.inf))
@@ -390,7 +395,7 @@ class Yardstick:
         """The largest error that passes."""
         # An fp64 reference has rounding errors of its own, as large as those it judges.
         factor = 3.0 if self.dtype == "float64" else 2.0
-        return factor * max(self.torch_error, EPSILON[self.dtype])
+        return factor * max(self.torch_error, LEAST_ERROR[self.dtype])
 
     def judge(self, out: Tensor, keep_mask: Tensor | None = None) -> Result:
         """Compare `out`, which was poisoned before the call, with the reference."""
@@ -502,7 +507,7 @@ def yardstick(spec: BlockSpec, tensors: Tensors, keep_mask: Tensor | None) -> Ya
         reference = chain(spec, *wide, keep_mask)
         errors = [
             relative_error(chain(spec, *narrow, keep_mask), reference),
-            relative_error(_mirrored(spec, narrow, keep_mask), reference),
+            relative_error(mirrored(spec, narrow, keep_mask), reference),
         ]
         for _ in range(samples):
             nudged = narrow.map(lambda t: _nudged(t, generator))
@@ -538,7 +543,7 @@ def true_fp32() -> Iterator[None]:
         cudnn.allow_tf32 = allowed
 
 
-def _mirrored(spec: BlockSpec, tensors: Tensors, keep_mask: Tensor | None) -> Tensor:
+def mirrored(spec: BlockSpec, tensors: Tensors, keep_mask: Tensor | None) -> Tensor:
     """The same answer from PyTorch on the mirror image, whose taps are summed in reverse.
 
     A stride can leave the end of the padded input unread; mirrored, that end is the start, and

@@ -17,7 +17,11 @@ from torch import Tensor
 from numba_fused.spec import BlockSpec
 
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
-BOUNDS = {"min_value": -1.0, "max_value": 1.0, "cap": 0.5}  # not degenerate, and all three act
+BOUNDS: dict[str, Any] = {
+    "min_value": -1.0,
+    "max_value": 1.0,
+    "cap": 0.5,
+}  # not degenerate, and all three act
 
 
 class Operands(NamedTuple):
@@ -30,7 +34,8 @@ class Operands(NamedTuple):
     beta: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> Operands:
-        return Operands(*(None if t is None else t.to(dtype) for t in self))
+        vectors = (None if t is None else t.to(dtype) for t in self[2:])
+        return Operands(self.x.to(dtype), self.weight.to(dtype), *vectors)
 
 
 def random_operands(

@@ -14,9 +14,9 @@ from numba_fused import fused_conv_group_norm_min_clamp_dropout as fused
 
 VARIANTS = ["auto", *nf.ladder.names()]
 CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
-    "1-D, stride": ((2, 2, 9), (4, 2, 3), {"num_groups": 2, "stride": 2}),
+    "1-D, stride": ((1, 2, 11), (4, 2, 3), {"num_groups": 2, "stride": 2}),
     "2-D, same, even kernel": ((1, 2, 3, 4), (2, 2, 2, 2), {"num_groups": 1, "padding": "same"}),
-    "2-D, groups": ((2, 4, 3, 4), (4, 2, 2, 2), {"num_groups": 4, "groups": 2}),
+    "2-D, groups": ((1, 4, 2, 4), (4, 2, 2, 2), {"num_groups": 4, "groups": 2}),
     "3-D, padding, dilation": (
         (1, 1, 3, 3, 3),
         (2, 1, 2, 2, 2),
@@ -67,8 +67,10 @@ def test_backward_draws_the_forwards_mask_again(variant: str) -> None:
     torch.testing.assert_close(gradient, kept.double().sum((0, 2)) / 0.75)
 
 
-@pytest.mark.parametrize("variant", ["auto", "unfused"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "variant"),
+    [*((case, "auto") for case in CASES), ("3-D, padding, dilation", "unfused")],
+)
 def test_gradcheck(case: str, variant: str) -> None:
     """Against finite differences; the bounds are farther from every value than the step."""
     leaves, call = make(case)
@@ -139,9 +141,13 @@ def test_a_gradient_penalty_is_refused_rather_than_ignored(variant: str) -> None
     """Here the gradient that comes in is a constant: no graph says that something is missing."""
     leaves, call = make("1-D, stride")
     out = fused(*leaves, **call, seed=3, variant=variant)
-    with pytest.raises(RuntimeError, match="once_differentiable|twice|second"):
+
+    def penalised_step() -> None:
         (gradient,) = torch.autograd.grad(out.sum(), leaves[0], create_graph=True)
         (out.sum() + gradient.square().sum()).backward()
+
+    with pytest.raises(RuntimeError, match=r"once_differentiable|twice|second"):
+        penalised_step()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -20,6 +20,11 @@ CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 KEYS = ["conv.weight", "conv.bias", "norm.weight", "norm.bias"]
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 class Model(nn.Module):
     """The plain model, KernelBench's plus a cap of its own."""
 
@@ -28,7 +33,7 @@ class Model(nn.Module):
         in_channels: int,
         out_channels: int,
         kernel_size: Any,
-        groups: int,
+        num_groups: int,
         min_value: float,
         max_value: float,
         dropout_p: float,
@@ -38,7 +43,7 @@ class Model(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = CONVOLUTIONS[dim](in_channels, out_channels, kernel_size, **conv)
-        self.norm = nn.GroupNorm(groups, out_channels)
+        self.norm = nn.GroupNorm(num_groups, out_channels)
         self.dropout = nn.Dropout(dropout_p)
         self.min_value, self.max_value = min_value, max_value
         self.cap = min_value if cap is None else cap
@@ -111,7 +116,7 @@ def test_state_dicts_are_interchangeable(
     target.load_state_dict(source.state_dict())
     x = torch.randn(2, 4, *(6, 7, 8)[:dim])
     expected = plain.eval()(x)
-    assert expected.unique().numel() > 20
+    assert expected.unique().numel() > 10
     torch.testing.assert_close(fused.eval()(x), expected)
 
 

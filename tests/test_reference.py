@@ -28,6 +28,11 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 def modules_chain(
     operands: Operands, num_groups: int, kept: Tensor, p: float, **parameters: Any
 ) -> Tensor:

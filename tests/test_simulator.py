@@ -132,6 +132,13 @@ def test_fma_rounds_once(sim, dtype):
     assert out[0] == dtype(eps) * dtype(eps)  # a * a rounded first would give 0
 
 
+def test_float32_fma_does_not_round_twice(sim):
+    a, b, c = (np.array([v], np.float32) for v in (97 / 2**24, 172961, 2.0**-80))
+    out = np.zeros(1, np.float32)
+    sim.launch(fused, 1, 1, a, b, c, out)  # a * b is 1 + 2**-24, halfway between two floats
+    assert out[0] == 1 + np.float32(2.0**-23)
+
+
 # ---------------------------------------------------------------------- coordinates and names
 
 
@@ -728,6 +735,19 @@ def test_schedule_seed_shuffles_threads_and_blocks_reproducibly():
     assert orders(1) == orders(1) != orders(2)
     assert sorted(orders(1)) == list(range(96))
     assert len({thread // 32 for thread in orders(1)[:3]}) == 1  # blocks are not interleaved
+
+
+@cuda.jit
+def order_after_barrier(counter, order):
+    cuda.syncthreads()
+    order[cuda.atomic.add(counter, 0, 1)] = cuda.threadIdx.x
+
+
+def test_the_order_is_drawn_anew_at_a_barrier():
+    order = np.zeros(32, np.int32)
+    Simulator(schedule_seed=1).launch(order_after_barrier, 1, 32, np.zeros(1, np.int32), order)
+    assert sorted(order) == list(range(32))
+    assert np.count_nonzero(order == np.arange(32)) < 16
 
 
 @pytest.mark.parametrize("seed", range(5))

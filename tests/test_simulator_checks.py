@@ -82,17 +82,18 @@ def test_different_barriers_do_not_match():
 
 
 @cuda.jit
-def warp_and_block_wait():
+def warp_and_block_wait(lane):
     if cuda.threadIdx.x < 32:
         cuda.syncwarp()
     cuda.syncthreads()
-    if cuda.threadIdx.x == 3:
+    if cuda.threadIdx.x == lane:
         cuda.syncwarp()
 
 
-def test_collective_with_missing_lanes():
+@pytest.mark.parametrize("lane", [3, 31])
+def test_collective_with_missing_lanes(lane):
     with pytest.raises(DeadlockError, match=r"names lanes [0-9, -]+, which have returned"):
-        Simulator().launch(warp_and_block_wait, 1, 64)
+        Simulator().launch(warp_and_block_wait, 1, 64, lane)
 
 
 @cuda.jit
@@ -427,6 +428,24 @@ def test_syncwarp_orders_one_warp_only():
 
 
 @cuda.jit
+def last_reader_writes(out):
+    tile = cuda.shared.array(1, float32)
+    t = cuda.threadIdx.x
+    if t == 0:
+        tile[0] = 0
+    cuda.syncthreads()
+    out[t] = tile[0]
+    if t == 0:  # the last to wake: the other one has read before
+        tile[0] = 1
+
+
+def test_a_writer_that_read_too_races_with_the_other_reader():
+    Simulator().launch(last_reader_writes, 1, 1, zeros(1))
+    with pytest.raises(RaceError, match=r"thread \(1, 0, 0\) reads it"):
+        Simulator().launch(last_reader_writes, 1, 2, zeros(2))
+
+
+@cuda.jit
 def everyone_writes(out, stride):
     out[cuda.grid(1) // stride] = 1
 
@@ -537,7 +556,7 @@ def fence_without_barrier(partial, counter, out):
     t, b = cuda.threadIdx.x, cuda.blockIdx.x
     partial[b, t] = 1
     arrived = 0
-    if t == 0:
+    if t == 63:
         cuda.threadfence()
         arrived = cuda.atomic.add(counter, 0, 1) + 1
     if cuda.syncthreads_or(arrived == cuda.gridDim.x):

@@ -237,7 +237,7 @@ def convolutions(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(convolutions())
 def test_output_shape_is_torchs(call: dict[str, Any]) -> None:
     """Torch's "meta" device computes shapes alone; what it refuses, we refuse."""
@@ -308,7 +308,7 @@ def test_the_benchmark_case_is_18_gigaflops_and_542_megabytes() -> None:
     assert spec.group_size == 2 * 14 * 62 * 62
     assert spec.flops == 17_854_857_216 == 2 * 81 * 128 * 16 * 14 * 62 * 62
     assert spec.x_bytes == 100_663_296
-    assert spec.output_bytes == 440_872_960
+    assert spec.output_bytes == 440_860_672
     assert spec.parameter_bytes == 4 * (16 * 81 + 3 * 16)
     assert round(spec.compulsory_bytes / 1e6) == 542
 
@@ -334,7 +334,7 @@ BOUNDS = st.one_of(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(BOUNDS, BOUNDS, BOUNDS)
 def test_constant_is_what_every_finite_input_becomes(low: float, high: float, cap: float) -> None:
     spec = spec_of(min_value=low, max_value=high, cap=cap)

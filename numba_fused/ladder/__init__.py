@@ -18,6 +18,7 @@ from numba_fused.ladder import (
     rung_2_pointwise,
     rung_3_epilogue,
     rung_4_one_kernel,
+    rung_10_library_conv,
 )
 from numba_fused.ladder.rung import Ledger, Operands, Rung, gpu_launcher
 from numba_fused.reference import seed_tensor
@@ -37,6 +38,7 @@ _MODULES = (
     rung_2_pointwise,
     rung_3_epilogue,
     rung_4_one_kernel,
+    rung_10_library_conv,
 )
 
 
@@ -48,7 +50,7 @@ def _rung(module: ModuleType) -> Rung:
         name=name,
         idea=(module.__doc__ or "").partition("\n")[0],
         module=module,
-        takes_threads_per_block=name != "torch",
+        takes_threads_per_block=module not in (rung_0_torch, rung_10_library_conv),
     )
 
 

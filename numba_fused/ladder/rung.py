@@ -27,11 +27,14 @@ class Ledger:
     ----------
     bytes_read, bytes_written : int
     launches : int
+    library_launches : int
+        How many of them are PyTorch's own kernels, which the simulator does not run.
     """
 
     bytes_read: int
     bytes_written: int
     launches: int
+    library_launches: int = 0
 
     @property
     def bytes_moved(self) -> int:

@@ -79,4 +79,5 @@ def ledger(spec: BlockSpec, threads_per_block: int) -> Ledger:
         + seed_bytes(spec),
         bytes_written=passes * tensor + mask,
         launches=5 + spec.draws,
+        library_launches=5 + spec.draws,
     )

@@ -9,31 +9,30 @@ thread's when, since it happened,
   on a word on which the running thread's block has done an atomic since: the "last block to arrive"
   pattern.
 
-Two atomics never race. What is approximate (readers forgotten, a collective of some lanes taken as
-one of the whole warp) loses races and never invents one.
+Two atomics never race; two plain writes do, even of the same value. What is approximate (readers
+forgotten, a collective of some lanes taken as one of the whole warp) loses races and never invents
+one.
 """
 
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import sites
 from .arrays import ArrayInfo
 from .errors import RaceError
-
-if TYPE_CHECKING:
-    from .machine import Machine, Thread
+from .machine import Machine, Thread, name
 
 _DEED = {"load": "reads it", "store": "writes it", "atomic": "updates it atomically"}
 
 
-Access = tuple["Thread", int, str, CodeType, int]
+Access = tuple[Thread, int, str, CodeType, int]
 """Who touched a word, when on the machine's clock, how, and from which instruction."""
 
 
 class RaceDetector:
     """Observer of one launch's accesses; raises `RaceError`."""
 
-    def __init__(self, machine: "Machine"):
+    def __init__(self, machine: Machine):
         self.machine = machine
         self.words: dict[int, list[Any]] = {}
         self.released: dict[int, dict[Any, int]] = {}
@@ -92,7 +91,7 @@ class RaceDetector:
         thread.fence = thread.warp.fence = thread.block.fence = machine.clock
         machine.clock += 1
 
-    def _unordered(self, earlier: Access, thread: "Thread") -> bool:
+    def _unordered(self, earlier: Access, thread: Thread) -> bool:
         before, time = earlier[0], earlier[1]
         if before.warp is thread.warp:
             mark = thread.warp.epoch
@@ -108,7 +107,7 @@ class RaceDetector:
             for who in (before, before.warp, before.block)
         )
 
-    def _synchronise(self, address: int, thread: "Thread") -> None:
+    def _synchronise(self, address: int, thread: Thread) -> None:
         warp, block = thread.warp, thread.block
         released = self.released.setdefault(address, {})
         for who, time in released.items():
@@ -124,11 +123,8 @@ class RaceDetector:
         ):
             if time > released.get(who, -1):
                 released[who] = time
-        self.machine.clock += 1
 
     def _race(self, info: ArrayInfo, key: Any, earlier: Access, later: Access) -> RaceError:
-        from .machine import name
-
         def story(access: Access) -> str:
             thread, _, kind, code, lasti = access
             return f"  {name(thread)} {_DEED[kind]} at {sites.describe(code, lasti)}"

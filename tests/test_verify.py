@@ -1,0 +1,354 @@
+"""The judge is judged: it accepts what is right and rejects every kind of wrong answer."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from numba_fused import ladder, verify
+from numba_fused.reference import chain, convolution
+from numba_fused.verify import Case, Result, Tensors, cases, check, judge
+
+MANY = list(cases(11, 250))
+# One case that exercises every operator of the chain: all bounds act, dropout drops.
+TELLING = next(
+    case
+    for case in cases(3, 2000, dtype="float32")
+    if case.family == "normal"
+    and case.spec.draws
+    and 0.1 < case.spec.dropout_p < 0.9
+    and case.spec.has_bias
+    and case.spec.affine
+    and case.spec.min_value < -0.3
+    and case.spec.cap < case.spec.max_value
+    and 1 < case.spec.num_groups < case.spec.out_channels
+    and math.prod(case.spec.output_shape) > 100
+)
+
+
+def right(case: Case, **changes: object) -> Callable[[Tensors, Tensor], None]:
+    """PyTorch's fp32 answer, with some of the spec changed."""
+    spec = dataclasses.replace(case.spec, **changes)  # pyright: ignore[reportArgumentType]
+
+    def compute(tensors: Tensors, out: Tensor) -> None:
+        out.copy_(chain(spec, *tensors, case.keep_mask()))
+
+    return compute
+
+
+def judged(compute: Callable[[Tensors, Tensor], None], case: Case = TELLING) -> Result:
+    return judge(case, compute)
+
+
+# ---- cases ------------------------------------------------------------------------------------
+
+
+def test_case_depends_on_seed_and_index_alone() -> None:
+    again = next(cases(11, 1, first=37))
+    assert again == MANY[37]
+    assert next(cases(12, 1, first=37)) != MANY[37]
+    for one, two in zip(again.tensors(), MANY[37].tensors(), strict=True):
+        assert (one is None) == (two is None)
+        assert one is None or two is None or torch.equal(one.nan_to_num(), two.nan_to_num())
+
+
+def test_no_case_is_degenerate() -> None:
+    for case in MANY:
+        assert case.spec.constant is None, str(case)
+        assert case.spec.min_value < case.spec.cap
+
+
+def test_cases_stay_within_their_size() -> None:
+    for max_macs in (2000, 30_000):
+        for case in cases(4, 60, max_macs=max_macs):
+            assert case.spec.flops / 2 <= max_macs, str(case)
+
+
+@pytest.mark.parametrize(
+    ("what", "values", "wanted"),
+    [
+        ("axes", lambda c: len(c.spec.kernel_size), {1, 2, 3}),
+        ("kernel", lambda c: max(c.spec.kernel_size), {1, 2, 3, 4, 5}),
+        ("stride", lambda c: max(c.spec.stride), {1, 2, 3}),
+        ("dilation", lambda c: max(c.spec.dilation), {1, 2, 3}),
+        ("padding", lambda c: type(c.arguments["padding"]), {int, str, tuple}),
+        ("one-sided padding", lambda c: any(a != b for a, b in c.spec.padding), {True, False}),
+        ("groups", lambda c: c.spec.groups, {1, 2, 3, 4}),
+        ("one norm group", lambda c: c.spec.num_groups == 1, {True, False}),
+        ("a group a channel", lambda c: c.spec.num_groups == c.spec.out_channels, {True, False}),
+        ("width beyond a run", lambda c: c.spec.output_size[-1] > 16, {True, False}),
+        ("width 1", lambda c: c.spec.output_size[-1] == 1, {True, False}),
+        ("width of whole runs", lambda c: c.spec.output_size[-1] % 16 == 0, {True, False}),
+        ("p = 0", lambda c: c.spec.dropout_p == 0, {True, False}),
+        ("p = 1", lambda c: c.spec.dropout_p == 1, {True, False}),
+        ("training", lambda c: c.spec.training, {True, False}),
+        ("bias", lambda c: c.spec.has_bias, {True, False}),
+        ("affine", lambda c: c.spec.affine, {True, False}),
+        ("dtype", lambda c: c.spec.dtype, {"float32", "float64"}),
+        ("batch", lambda c: c.spec.batch, {1, 2, 3, 5}),
+        ("strided", lambda c: c.strided, {True, False}),
+        ("family", lambda c: c.family, set(verify.FAMILIES)),
+        ("threads_per_block", lambda c: c.threads_per_block, set(verify.THREADS_PER_BLOCK)),
+    ],
+)
+def test_cases_cover(what: str, values: Callable[[Case], object], wanted: set[object]) -> None:
+    assert wanted <= set(map(values, MANY)), what
+
+
+def test_tensors_are_of_the_spec_and_their_family() -> None:
+    for case in MANY[:80]:
+        x, weight, bias, gamma, beta = tensors = case.tensors()
+        assert tuple(x.shape) == case.spec.x_shape
+        assert tuple(weight.shape) == case.spec.weight_shape
+        assert {str(t.dtype) for t in tensors if t is not None} == {f"torch.{case.spec.dtype}"}
+        assert (bias is not None, gamma is not None) == (case.spec.has_bias, case.spec.affine)
+        assert (gamma is None) == (beta is None)
+        assert x.is_contiguous() != case.strided or x.numel() == 1
+        if case.family == "integers":
+            assert torch.equal(x, x.round())
+            assert torch.equal(weight, weight.round())
+        if case.family == "offset":
+            assert x.mean() > 990
+        if case.family != "nonfinite":
+            assert all(bool(t.isfinite().all()) for t in tensors if t is not None)
+
+
+def test_nonfinite_cases_keep_something_to_compare() -> None:
+    shares = []
+    for case in (case for case in MANY if case.family == "nonfinite"):
+        ruler = verify.yardstick(case.spec, case.tensors(), case.keep_mask())
+        shares.append(float(ruler.reference.isfinite().double().mean()))
+    assert min(shares) < 1.0
+    assert np.mean([0.0 < share < 1.0 for share in shares]) > 0.2
+
+
+def test_reproducer_names_the_case() -> None:
+    case = next(cases(3, 1, first=9, max_macs=5000, dtype="float64"))
+    assert case.reproducer("torch") == (
+        "numba-fused verify --seed 3 --only 9 --max-macs 5000 --dtype float64 --variant torch"
+    )
+
+
+def test_too_small_a_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1000"):
+        next(cases(0, 1, max_macs=10))
+
+
+# ---- the judge --------------------------------------------------------------------------------
+
+
+def test_pytorch_itself_passes() -> None:
+    for case in MANY[:120]:
+        result = judged(right(case), case)
+        assert result.ok, f"{case}: {result.reason}"
+
+
+def test_bound_is_tight() -> None:
+    """Nowhere near what fp32 could be confused with: a few units in the last place."""
+    plain = [c for c in MANY if c.family in ("normal", "integers") and c.spec.dtype == "float32"][
+        :40
+    ]
+    bounds = [judged(right(case), case).bound for case in plain]
+    assert np.median(bounds) < 2e-6
+    wide = [c for c in MANY if c.family in ("normal", "integers") and c.spec.dtype == "float64"][
+        :20
+    ]
+    assert np.median([judged(right(case), case).bound for case in wide]) < 1.1e-14
+
+
+def zeros(tensors: Tensors, out: Tensor) -> None:
+    out.zero_()
+
+
+def nothing(tensors: Tensors, out: Tensor) -> None:
+    pass
+
+
+def all_but_one(tensors: Tensors, out: Tensor) -> None:
+    poison = out.flatten()[-1].clone()
+    right(TELLING)(tensors, out)
+    out.view(-1)[-1:] = poison
+
+
+def half_precision(tensors: Tensors, out: Tensor) -> None:
+    low = tensors.map(lambda t: t.half().float())
+    right(TELLING)(low, out)
+
+
+def one_value_off(tensors: Tensors, out: Tensor) -> None:
+    right(TELLING)(tensors, out)
+    out.view(-1)[int(out.abs().argmax())] *= 1 + 1e-4
+
+
+def nan_at_one(tensors: Tensors, out: Tensor) -> None:
+    right(TELLING)(tensors, out)
+    out.view(-1)[3] = math.nan
+
+
+def shifted_mask(tensors: Tensors, out: Tensor) -> None:
+    keep = TELLING.keep_mask()
+    assert keep is not None
+    out.copy_(chain(TELLING.spec, *tensors, keep.roll(1)))
+
+
+def other_mask(tensors: Tensors, out: Tensor) -> None:
+    keep = dataclasses.replace(TELLING, dropout_seed=TELLING.dropout_seed + 1).keep_mask()
+    out.copy_(chain(TELLING.spec, *tensors, keep))
+
+
+def crash(tensors: Tensors, out: Tensor) -> None:
+    raise IndexError("index 7 is out of range")
+
+
+def unbiased_variance(tensors: Tensors, out: Tensor) -> None:
+    n = TELLING.spec.group_size
+    gamma = tensors.gamma
+    assert gamma is not None
+    right(TELLING)(tensors._replace(gamma=gamma * math.sqrt((n - 1) / n)), out)
+
+
+WRONG = {
+    "zeros": (zeros, "error"),
+    "nothing written": (nothing, "never written"),
+    "one element not written": (all_but_one, "never written: 1 of"),
+    "half precision": (half_precision, "error"),
+    "one value off by 1e-4": (one_value_off, "error"),
+    "a stray NaN": (nan_at_one, "NaN is not where"),
+    "mask shifted by one": (shifted_mask, "not dropped"),
+    "mask of another seed": (other_mask, "not dropped"),
+    "a crash": (crash, "IndexError: index 7"),
+    "unbiased variance": (unbiased_variance, "error"),
+    "no dropout": (right(TELLING, training=False), "not dropped"),
+    "no rescaling": (right(TELLING, dropout_p=0.0), "not dropped"),
+    "no min": (right(TELLING, cap=math.inf), "error"),
+    "no lower clamp": (right(TELLING, min_value=-math.inf), "error"),
+    "no clamp": (right(TELLING, min_value=-math.inf, max_value=math.inf), "error"),
+    "eps forgotten": (right(TELLING, eps=0.0), "error"),
+    "one normalisation group": (right(TELLING, num_groups=1), "error"),
+}
+
+
+def test_telling_case_tells() -> None:
+    assert judged(right(TELLING)).status == "ok"
+    assert TELLING.spec.constant is None
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_wrong_answer_is_rejected(mistake: str) -> None:
+    compute, reason = WRONG[mistake]
+    result = judged(compute)
+    assert not result.ok
+    assert reason in result.reason
+
+
+@pytest.mark.parametrize("name", ["bias", "gamma", "beta"])
+def test_forgotten_vector_is_rejected(name: str) -> None:
+    def forgetful(tensors: Tensors, out: Tensor) -> None:
+        right(TELLING)(tensors._replace(**{name: None}), out)
+
+    # A channel's bias would be normalised away if every channel were its own group.
+    assert TELLING.spec.num_groups < TELLING.spec.out_channels
+    assert not judged(forgetful).ok
+
+
+def test_raw_moments_are_rejected_at_an_offset() -> None:
+    """E[x^2] - E[x]^2 in fp32: the classic defect that only large means show."""
+    case = next(
+        c
+        for c in cases(2, 200, dtype="float32")
+        if c.family == "offset" and c.spec.group_size > 50 and not (c.spec.dropout_p == 1)
+    )
+
+    def raw_moments(tensors: Tensors, out: Tensor) -> None:
+        z = convolution(case.spec, *tensors[:3])
+        grouped = z.view(case.spec.batch, case.spec.num_groups, -1)
+        mean = grouped.mean(-1, keepdim=True)
+        variance = ((grouped * grouped).mean(-1, keepdim=True) - mean * mean).clamp_min(0)
+        h = ((grouped - mean) * torch.rsqrt(variance + case.spec.eps)).view(z.shape)
+        shape = (1, -1, *(1,) * len(case.spec.kernel_size))
+        if tensors.gamma is not None and tensors.beta is not None:
+            h = h * tensors.gamma.view(shape) + tensors.beta.view(shape)
+        c = h.clamp(max=case.spec.cap).clamp(case.spec.min_value, case.spec.max_value)
+        keep = case.keep_mask()
+        out.copy_(c if keep is None else c * (keep * case.spec.keep_scale))
+
+    assert not judged(raw_moments, case).ok
+
+
+def test_swallowed_nan_is_rejected() -> None:
+    case = next(
+        c
+        for c in MANY
+        if c.family == "nonfinite" and c.tensors().x.isnan().any() and c.spec.batch > 1
+    )
+
+    def swallow(tensors: Tensors, out: Tensor) -> None:
+        right(case)(tensors, out)
+        out.nan_to_num_(0.0)
+
+    result = judged(swallow, case)
+    assert not result.ok
+    assert "NaN is not where" in result.reason
+
+
+def test_wrong_shape_and_dtype_are_rejected() -> None:
+    ruler = verify.yardstick(TELLING.spec, TELLING.tensors(), TELLING.keep_mask())
+    reference = ruler.reference
+    assert "dtype" in ruler.judge(reference).reason
+    assert "shape" in ruler.judge(reference.float().flatten()).reason
+    assert ruler.judge(reference.float(), TELLING.keep_mask()).ok
+
+
+def test_constant_zero_answer_has_an_error() -> None:
+    """p = 1 leaves nothing but zeros; then the error is the norm of what is not zero."""
+    case = next(c for c in MANY if c.spec.draws and c.spec.dropout_p == 1 and c.family == "normal")
+    assert judged(zeros, case).status == "ok"
+    assert judged(zeros, case).error == 0.0
+
+    def tiny(tensors: Tensors, out: Tensor) -> None:
+        out.fill_(1e-3)
+
+    assert not judged(tiny, case).ok
+
+
+def test_mirror_is_the_same_problem() -> None:
+    """The mirrored evaluation differs from the plain one by rounding alone, in every case."""
+    for case in itertools.islice((c for c in MANY if c.family != "nonfinite"), 120):
+        tensors = case.tensors().map(Tensor.double)
+        plain = chain(case.spec, *tensors, case.keep_mask())
+        mirrored = verify.mirrored(case.spec, tensors, case.keep_mask())
+        assert torch.allclose(plain, mirrored, rtol=1e-6, atol=1e-6), str(case)
+
+
+# ---- rungs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", list(cases(0, 4, max_macs=3000)), ids=lambda case: case.index)
+def test_rungs_pass(case: Case) -> None:
+    for name in ladder.names():
+        result = check(case, name)
+        assert result.ok, f"{case.reproducer(name)}: {result.reason}"
+
+
+def test_unknown_rung_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"unknown variant 'fast'.*one_kernel"):
+        check(TELLING, "fast")
+
+
+def test_limit_is_a_skip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ladder.Rung, "limit", lambda self, spec: "only on Tuesdays")
+    result = check(TELLING, "one_kernel")
+    assert (result.status, result.reason, result.ok) == ("skipped", "only on Tuesdays", True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", list(cases(1, 20, max_macs=2_000_000)), ids=lambda c: c.index)
+def test_rungs_pass_on_the_gpu(case: Case) -> None:
+    for name in ladder.names():
+        result = check(case, name, "cuda")
+        assert result.ok, f"{case.reproducer(name)}: {result.reason}"
