@@ -168,6 +168,8 @@ def verify(
             raise ValueError("there is no CUDA device here: see numba-fused env, or --device cpu")
         names = [ladder.get(name).name for name in variant or ladder.names()]
         macs = max_macs or (verify.GPU_MACS if device == "cuda" else verify.SIMULATOR_MACS)
+        if device == "cpu":
+            torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it does
         first, count = (0, count) if only is None else (only, 1)
         drawn = list(verify.cases(seed, count, max_macs=macs, dtype=dtype, first=first))
 

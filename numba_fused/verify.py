@@ -340,7 +340,11 @@ def _values(generator: np.random.Generator, spec: BlockSpec, family: str) -> tup
     gamma = 1.0 + 0.5 * generator.standard_normal(channels)
     beta = 0.5 * generator.standard_normal(channels)
     if family == "offset":
+        # Weights that sum to one a channel carry the offset to z; else channels of a group would
+        # differ by it, and its variance would be too large to be destroyed.
         x += 1e3
+        taps = tuple(range(1, weight.ndim))
+        weight += (1 - weight.sum(axis=taps, keepdims=True)) / fan_in
     elif family == "integers":
         x = generator.integers(-4, 5, spec.x_shape)
         weight = generator.integers(-3, 4, spec.weight_shape)

@@ -1,7 +1,9 @@
-"""What every test file shares: the GPU marker."""
+"""What every test file shares: the GPU marker, one torch thread for each test worker."""
 
 import pytest
 import torch
+
+torch.set_num_threads(1)  # the workers already use every core
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,16 +12,18 @@ Shapes: z, out flat, (N * K * D * H * W,); partial (3, N * G * tiles_per_group).
 Bytes:  the convolution reads x and writes z; both kernels read z, the second writes out. With E
         the bytes of z: x + 2 E read, 2 E written.
 
-Two things keep the kernels at the memory's pace. A thread's values are reduced in two passes
-over its registers, mean first, then squared deviations: exact like Welford's update and free of
-its division per value. And the mask is drawn by streams, not by values: a thread walks a stream
-once, leaves its 16 decisions as bits in shared memory, and every value picks up its own bit.
+Three things keep the instructions down, which is what binds such kernels. A thread's values are
+reduced in two passes over its registers, mean first, then squared deviations: exact like
+Welford's update and free of its division per value. The mask is drawn by streams, not by values:
+a thread walks a stream once, leaves its 16 decisions as bits in shared memory, and every value
+picks up its own bit. And channel, row and column of a value are not divided out of its index but
+carried along, like the digits of a clock, as the thread steps from one value to the next.
 """
 
 from __future__ import annotations
 
 import torch
-from numba import cuda, float32, int32, int64, uint32, uint64
+from numba import cuda, float32, int32, uint32, uint64
 
 from numba_fused.device.convolution import divide
 from numba_fused.device.launch import Launcher
@@ -33,9 +35,18 @@ from numba_fused.rng import RUN, keep_bits
 from numba_fused.spec import BlockSpec
 
 THREADS = 256
-ELEMENTS_PER_THREAD = 8
+ELEMENTS_PER_THREAD = 16
 TILE = THREADS * ELEMENTS_PER_THREAD
 STREAMS = TILE + 1  # a row of width 1 has one stream a value; a tile may begin inside a run
+
+
+@cuda.jit(device=True)
+def advance(high, low, step_high, step_low, base):
+    """Add two-digit numbers whose low digit counts to `base`: ``(high, low) + step``."""
+    high, low = int32(high + step_high), int32(low + step_low)
+    if low >= base:
+        high, low = int32(high + 1), int32(low - base)
+    return high, low
 
 
 @cuda.jit(launch_bounds=THREADS)
@@ -51,13 +62,15 @@ def moments_kernel(z, bias, partial, group_size, num_groups):
     first = group * group_size
     count = z.dtype.type(0)
     total, m2 = count, count
+    channel, position = divide(int32(tile * TILE + cuda.threadIdx.x), plane)
+    channel_step, position_step = divide(THREADS, plane)
     for element in range(ELEMENTS_PER_THREAD):
         i = int32(tile * TILE + element * THREADS + cuda.threadIdx.x)
         if i < group_size:
-            channel, _ = divide(i, plane)
-            values[element] = z[uint64(first + i)] + bias[first_channel + channel]
+            values[element] = z[uint64(first + i)] + bias[uint64(first_channel + channel)]
             total += values[element]
             count += float32(1)
+        channel, position = advance(channel, position, channel_step, position_step, plane)
     mean = total / max(count, z.dtype.type(1))
     for element in range(ELEMENTS_PER_THREAD):
         i = int32(tile * TILE + element * THREADS + cuda.threadIdx.x)
@@ -117,22 +130,26 @@ def apply_kernel(
     count, mean, m2 = block_moments(count, mean, m2, scratch)  # its barrier publishes `keep` too
     rstd = reciprocal_std(count, m2, eps)
 
+    channel, position = divide(int32(tile * TILE + cuda.threadIdx.x), plane)
+    channel_step, position_step = divide(THREADS, plane)
+    row, w = divide(int32(first_w + cuda.threadIdx.x), int32(width))
+    row_step, w_step = divide(THREADS, int32(width))
     for element in range(ELEMENTS_PER_THREAD):
         i = int32(element * THREADS + cuda.threadIdx.x)
         if i < size:
-            channel, _ = divide(int32(tile * TILE + i), plane)
-            k = first_channel + channel
+            k = uint64(first_channel + channel)
             value = z[uint64(first + i)] + bias[k]
             h = normalise(value, mean, rstd, gamma[k], beta[k])
             c = clamp(minimum(h, bounds[0]), bounds[1], bounds[2])
             if drop_threshold > 0:
-                row, w = divide(int32(first_w + i), int32(width))
                 stream = int32(row * streams_per_row + w // RUN - first_w // RUN)
                 scale = keep_scale
-                if keep[stream] >> uint32(w % RUN) & uint32(1) == 0:
+                if keep[uint32(stream)] >> uint32(w % RUN) & uint32(1) == 0:
                     scale -= keep_scale
                 c *= scale
             out[uint64(first + i)] = c
+        channel, position = advance(channel, position, channel_step, position_step, plane)
+        row, w = advance(row, w, row_step, w_step, int32(width))
 
 
 def tiles_per_group(spec: BlockSpec) -> int:
