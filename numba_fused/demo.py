@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 
 from numba_fused import bench, ladder
-from numba_fused.simulator import Simulator
 from numba_fused.spec import BlockSpec
 from numba_fused.verify import Tensors, Yardstick, mask_of, poisoned, yardstick
 
@@ -114,6 +113,8 @@ def simulate(
     keep: torch.Tensor | None,
 ) -> Line:
     """Run one rung in the simulator, count what it does and judge its output."""
+    from numba_fused.simulator import Simulator
+
     ledger = rung.ledger(spec)
     identity = (rung.number, rung.name, rung.idea)
     predicted = (ledger.launches, ledger.bytes_read, ledger.bytes_written)

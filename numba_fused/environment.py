@@ -107,6 +107,7 @@ def inspect() -> Environment:
             torch_cuda=torch_cuda,
             numba_cuda_problem=_numba_cuda_problem(),
             numba_sees_gpu=_numba_sees_gpu(),
+            compiles=_numba_compiles(),
         ),
     )
 
@@ -119,12 +120,13 @@ def advise(
     torch_cuda: str,
     numba_cuda_problem: str,
     numba_sees_gpu: bool,
+    compiles: bool,
 ) -> list[str]:
     """What to do about what is missing or does not fit, most important first."""
     advice = []
     if numba_cuda_problem:
         advice.append(f"numba.cuda does not import ({numba_cuda_problem}): pip install numba-cuda")
-    if not installed.get("nvidia-nvvm") and not installed.get("nvidia-cuda-nvcc"):
+    if not compiles:
         advice.append(
             "no CUDA compiler libraries: pip install 'numba_fused[cuda13]' (or [cuda12]); without "
             "them kernels run in the simulator but cannot be compiled"
@@ -161,6 +163,17 @@ def advise(
             f"numba_fused puts them back. Import numba_fused before numba.cuda"
         )
     return advice
+
+
+def _numba_compiles() -> bool:
+    """Whether numba.cuda finds NVVM, wherever it was installed from: asked by compiling."""
+    from numba import cuda, types
+
+    try:
+        cuda.compile_ptx(lambda: None, types.void(), cc=(8, 0))
+    except Exception:  # whatever the missing library raises, the answer is no
+        return False
+    return True
 
 
 def read_constraints(path: Path) -> dict[str, str]:

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from numba_fused import ladder, plan
 from numba_fused.ladder.rung_0_torch import dropout_mask
-from numba_fused.reference import chain, seed_tensor
+from numba_fused.reference import chain, full_precision, seed_tensor
 from numba_fused.spec import BlockSpec, DegenerateChainWarning, IntOrTuple, Padding
 
 PRECISIONS = ("ieee",)
@@ -151,20 +150,20 @@ class _Block(torch.autograd.Function):
         return ladder.run(variant, x, weight, *vectors, spec=spec, seed=seed)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # Autograd turns gradients on inside a backward that is to be differentiated again.
+        create_graph = torch.is_grad_enabled()
         wanted = ctx.needs_input_grad[3:]
-        leaves: list[Any] = [
-            None if t is None else t.detach().requires_grad_(want)
-            for t, want in zip(ctx.saved_tensors, wanted, strict=True)
-        ]
-        x, weight, bias, gamma, beta = leaves
         mask = dropout_mask(ctx.spec, ctx.seed)
-        with torch.enable_grad():
+        with full_precision(), torch.enable_grad():
+            # Views, because an operand may depend on another: these gradients are partial ones.
+            views: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
+            x, weight, bias, gamma, beta = views
+            targets = [t for t, want in zip(views, wanted, strict=True) if want]
             out = chain(ctx.spec, x, weight, bias, gamma, beta, mask)
-        targets = [t for t in leaves if t is not None and t.requires_grad]
-        gradients = iter(torch.autograd.grad(out, targets, grad_out))
-        return (None, None, None, *(next(gradients) if want else None for want in wanted))
+            gradients = torch.autograd.grad(out, targets, grad_out, create_graph=create_graph)
+        each = iter(gradients)
+        return (None, None, None, *(next(each) if want else None for want in wanted))
 
 
 def check_operands(

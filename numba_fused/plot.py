@@ -199,7 +199,8 @@ def markdown_table(rows: Sequence[Row]) -> str:
     ]
     for row in rows:
         if row["status"] != "ok":
-            lines.append(f"| {row['variant']} | {row['status']}: {row['reason']} | | | | | |")
+            why = f"{row['status']}: {row['reason']}".replace("|", "\\|")
+            lines.append(f"| {row['variant']} | {why} | | | | | |")
             continue
         ledger = row["ledger_bytes"]
         cells = (

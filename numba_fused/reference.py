@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -68,7 +69,9 @@ def chain(
     beta: Tensor | None,
     keep_mask: Tensor | None,
 ) -> Tensor:
-    """The five operators, one a line; `keep_mask` is used only where the spec draws."""
+    """The five operators; `keep_mask` is used only where the spec draws."""
+    if gamma is None and beta is not None:
+        gamma = torch.ones_like(beta)  # the backward of group_norm crashes on a beta by itself
     z = convolution(spec, x, weight, bias)
     h = F.group_norm(z, spec.num_groups, gamma, beta, spec.eps)
     m = torch.minimum(h, torch.full((), spec.cap, dtype=h.dtype, device=h.device))
@@ -76,6 +79,16 @@ def chain(
     if keep_mask is None or not spec.draws:
         return c
     return c * (keep_mask.to(c.dtype) * spec.keep_scale)
+
+
+def full_precision() -> AbstractContextManager[None]:
+    """No TF32 inside cuDNN's convolutions, which PyTorch admits by default for fp32 tensors."""
+    return torch.backends.cudnn.flags(
+        enabled=torch.backends.cudnn.enabled,
+        benchmark=torch.backends.cudnn.benchmark,
+        deterministic=torch.backends.cudnn.deterministic,
+        allow_tf32=False,
+    )
 
 
 def convolution(spec: BlockSpec, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

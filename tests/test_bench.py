@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 from numba_fused import bench, ladder, plot, results
+from numba_fused.reference import chain
 from numba_fused.results import Row
+from numba_fused.verify import cases
 
 ROOT = Path(__file__).parents[1]
 
@@ -205,14 +208,21 @@ def test_faster_than_the_floor_is_a_failure() -> None:
 
 
 def test_native_chain_is_the_reference() -> None:
-    spec = bench.BlockSpec.from_arguments(
-        (2, 3, 4, 5, 6), (4, 3, 3, 3, 3), num_groups=2, **bench.CHAIN | {"training": False}
+    spec = next(
+        case.spec
+        for case in cases(0, 50, dtype="float32")
+        if not case.spec.draws and case.family == "normal"
     )
     generator = torch.Generator().manual_seed(0)
-    operands = [torch.randn(s, generator=generator) for s in (spec.x_shape, spec.weight_shape)]
-    vectors = [torch.randn(4, generator=generator) for _ in range(3)]
-    native = bench.native_chain(spec, operands[0], operands[1], *vectors)
-    reference = bench.chain(spec, operands[0], operands[1], *vectors, None)
+
+    def normal(shape: Sequence[int]) -> torch.Tensor:
+        return torch.randn(tuple(shape), generator=generator)
+
+    channels = (spec.out_channels,)
+    x, weight = normal(spec.x_shape), normal(spec.weight_shape)
+    bias, gamma, beta = normal(channels), normal(channels), normal(channels)
+    native = bench.native_chain(spec, x, weight, bias, gamma, beta)
+    reference = chain(spec, x, weight, bias, gamma, beta, None)
     assert torch.equal(native, reference)
     assert native.unique().numel() > 10
 

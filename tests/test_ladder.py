@@ -38,12 +38,12 @@ TRAINING = {"dropout_p": 0.25, "training": True}
 # name: (x shape, weight shape, arguments, threads per block). Block sizes go from one warp that
 # strides over its group many times to 1024 threads of which a handful has work.
 CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any], int]] = {
-    "miniature": ((2, 3, 4, 6, 7), (4, 3, 3, 3, 3), {"num_groups": 2}, 128),
+    "miniature": ((2, 3, 4, 5, 6), (4, 3, 3, 3, 3), {"num_groups": 2}, 128),
     "one group": ((2, 2, 3, 4, 18), (3, 2, 2, 2, 2), {"num_groups": 1}, 64),
     "group per channel": ((1, 2, 4, 4, 5), (5, 2, 3, 2, 1), {"num_groups": 5}, 96),
     "several blocks per group": ((1, 1, 6, 8, 19), (2, 1, 1, 2, 3), {"num_groups": 1}, 32),
-    "more threads than values": ((2, 2, 3, 3, 4), (4, 2, 2, 2, 2), {"num_groups": 2}, 1024),
-    "kernel 1": ((2, 4, 3, 5, 16), (4, 4, 1, 1, 1), {"num_groups": 4}, 256),
+    "more threads than values": ((1, 2, 3, 3, 4), (4, 2, 2, 2, 2), {"num_groups": 2}, 1024),
+    "kernel 1": ((1, 4, 2, 3, 16), (4, 4, 1, 1, 1), {"num_groups": 4}, 256),
     "kernel of the input's size": ((3, 2, 3, 4, 5), (6, 2, 3, 4, 5), {"num_groups": 2}, 32),
     "not cubic, stride, padding": (
         (2, 3, 5, 6, 7),
@@ -144,8 +144,11 @@ def assert_accurate(out: Tensor, spec: BlockSpec, operands: Operands) -> None:
 # ---- right answers ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [*((case, torch.float32) for case in CASES), *((case, torch.float64) for case in SOME)],
+    ids=str,
+)
 @pytest.mark.parametrize("rung", RUNGS)
 def test_error_is_at_most_twice_torchs_own(rung: str, case: str, dtype: torch.dtype) -> None:
     spec, operands, threads = make(case, dtype)
@@ -161,10 +164,10 @@ def test_absent_vectors_are_neutral(rung: str, affine: bool, bias: bool) -> None
     assert_accurate(run(rung, spec, operands, threads), spec, operands)
 
 
-@pytest.mark.parametrize("num_groups", [1, 2, 3, 4, 6, 12])
+@pytest.mark.parametrize("num_groups", [1, 2, 4, 12])
 @pytest.mark.parametrize("rung", RUNGS)
 def test_any_number_of_groups(rung: str, num_groups: int) -> None:
-    operands = random_operands((2, 2, 4, 9), (12, 2, 2, 2))
+    operands = random_operands((1, 2, 4, 6), (12, 2, 2, 2))
     spec = spec_for(operands, num_groups=num_groups, **TRAINING)
     assert_accurate(run(rung, spec, operands), spec, operands)
 
@@ -336,12 +339,12 @@ def test_infinite_bounds_bound_nothing(rung: str) -> None:
 # ---- dropout ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["miniature", "1-D", "width 1", "width 17"])
+@pytest.mark.parametrize("case", ["1-D", "kernel 1", "width 1", "width 17"])
 @pytest.mark.parametrize("rung", RUNGS)
 def test_the_mask_is_the_same_for_every_rung_and_block_size(rung: str, case: str) -> None:
     """With min_value above 0 an element is zero exactly where it is dropped."""
     spec, operands, _ = make(case, min_value=0.25, dropout_p=0.5)
-    for threads in (32, 160, 1024 if case == "miniature" else 96):
+    for threads in (32, 160, 1024 if case == "width 17" else 96):
         out = run(rung, spec, operands, threads)
         assert np.array_equal(out.numpy() != 0, mask(spec))
         assert out.max() == 2 * spec.cap
@@ -391,12 +394,19 @@ def test_bits_do_not_depend_on_the_run_or_the_schedule(rung: str, case: str) -> 
 # ---- the ledger ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"training": False}], ids=["training", "eval"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("case", [*SOME, "more threads than values", "width 17"])
+@pytest.mark.parametrize(
+    ("case", "dtype", "training"),
+    [
+        *((case, torch.float32, True) for case in [*SOME, "kernel 1", "width 17"]),
+        ("several blocks per group", torch.float32, False),
+        ("1-D", torch.float64, True),
+        ("groups across norm groups", torch.float64, False),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("rung", KERNEL_RUNGS)
 def test_ledger_is_what_the_simulator_counts(
-    rung: str, case: str, dtype: torch.dtype, changes: dict[str, Any]
+    rung: str, case: str, dtype: torch.dtype, training: bool
 ) -> None:
     """To the byte where every element of x is used: these cases have no stride, no dilation.
 
@@ -404,7 +414,7 @@ def test_ledger_is_what_the_simulator_counts(
     source lines is charged twice for the sectors in which one line's part ends and another's
     begins. Rung `epilogue` has one such array, of three parts.
     """
-    spec, operands, threads = make(case, dtype, **changes)
+    spec, operands, threads = make(case, dtype, training=training)
     simulator = Simulator(count=True, check_races=False)
     run(rung, spec, operands, threads, simulator=simulator)
     ledger = ladder.get(rung).ledger(spec, threads)

@@ -134,6 +134,22 @@ def test_mask_kernel_is_the_numpy_mirror(seed: int, width: int) -> None:
         assert np.array_equal(keep, expected)
 
 
+@cuda.jit
+def keep_bits_kernel(bits, seed, drop_threshold):
+    bits[cuda.threadIdx.x] = rng.keep_bits(
+        uint64(seed[0]), uint64(cuda.threadIdx.x), drop_threshold
+    )
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_whole_run_at_once_is_the_same_mask(seed: int) -> None:
+    p, bits = 0.3, np.zeros(7, dtype=np.uint32)
+    words = seed_tensor(seed, torch.device("cpu"))
+    Simulator().launch(keep_bits_kernel, 1, 7, bits, words, round(p * 2**32))
+    kept = bits[:, None] >> np.arange(16, dtype=np.uint32) & 1
+    assert np.array_equal(kept, nf.keep_mask(seed, (7, 16), p))
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_dropout_scales_what_it_keeps_and_zeroes_the_rest(width: int, dtype: type) -> None:

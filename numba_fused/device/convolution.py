@@ -34,7 +34,8 @@ def convolve_at(x, weight, bias, n, index, geometry):
     group, _ = divide(k, divide(weight_shape[0], groups)[0])
     sample = int64(n) * int32(int32(x_shape[1] * x_shape[2]) * int32(x_shape[3] * x_shape[4]))
     total = bias[k]
-    for c in range(channels):
+    c = int32(0)
+    while c < channels:  # a range would keep its own count in a register besides
         # One sum per channel keeps the chains of additions, and so the rounding error, short.
         channel_sum = x.dtype.type(0)
         for a in range(weight_shape[2]):
@@ -57,6 +58,7 @@ def convolve_at(x, weight, bias, n, index, geometry):
                     x_index += dilation[2]
                     w_index = int32(w_index + 1)
         total += channel_sum
+        c = int32(c + 1)
     return total
 
 

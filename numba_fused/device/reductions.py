@@ -21,10 +21,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 from numba import cuda, float32
 
 FULL_WARP = 0xFFFFFFFF
 WARP = 32
+CHAIN = np.float32(128)  # values folded one by one before their moments are merged
 LAUNCH_BOUNDS = (1024, 1)  # of kernels with a free block size: 1024 threads leave 64 registers
 MOMENTS_SHAPE = (3, WARP)  # shared scratch of `block_moments`: count, mean, m2 of each warp
 
@@ -48,6 +50,24 @@ def merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
     share = count_b / count
     delta = mean_b - mean_a
     return count, mean_a + delta * share, m2_a + m2_b + delta * delta * count_a * share
+
+
+@cuda.jit(device=True)
+def strided_moments(values, first, size):
+    """Moments of this thread's share of ``values[first : first + size]``, a block's stride apart.
+
+    CHAIN values at a time, then merged: a chain of n roundings drifts by about sqrt(n) of them,
+    and a long chain by more than PyTorch does.
+    """
+    zero = values.dtype.type(0)
+    count, mean, m2 = zero, zero, zero
+    count_b, mean_b, m2_b = zero, zero, zero
+    for i in range(cuda.threadIdx.x, size, cuda.blockDim.x):
+        count_b, mean_b, m2_b = add_value(count_b, mean_b, m2_b, values[first + i])
+        if count_b == CHAIN:
+            count, mean, m2 = merge(count, mean, m2, count_b, mean_b, m2_b)
+            count_b, mean_b, m2_b = zero, zero, zero
+    return merge(count, mean, m2, count_b, mean_b, m2_b)
 
 
 @cuda.jit(device=True)

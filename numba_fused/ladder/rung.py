@@ -63,6 +63,17 @@ def convolution_bytes(spec: BlockSpec) -> int:
     return spec.x_bytes + weight + vector_bytes(spec)
 
 
+def sample_limit(spec: BlockSpec) -> str | None:
+    """Why kernels that index within a sample in 32 bits cannot run `spec`, or None."""
+    values = max(math.prod(spec.x_shape[1:]), math.prod(spec.output_shape[1:]))
+    if values < 2**31:
+        return None
+    return (
+        f"one sample has {values:,} values, and the kernels' 32-bit index within a sample allows "
+        f"{2**31 - 1:,}; use variant='torch'"
+    )
+
+
 @dataclass(frozen=True)
 class Operands:
     """The tensors of one call, shaped for the kernels.
@@ -100,6 +111,11 @@ class Operands:
     def blocks(self) -> int:
         """Blocks it takes to give every output element a thread."""
         return -(-self.out.numel() // self.threads_per_block)
+
+    @property
+    def groups(self) -> tuple[np.int32, np.int32]:
+        """(group_size, num_groups) in 32 bits, which saves the kernels' loops registers."""
+        return np.int32(self.spec.group_size), np.int32(self.spec.num_groups)
 
     @property
     def sample_size(self) -> int:

@@ -29,8 +29,15 @@ from numba_fused.device.convolution import divide
 from numba_fused.device.launch import Launcher
 from numba_fused.device.pointwise import clamp, minimum, normalise
 from numba_fused.device.reductions import MOMENTS_SHAPE, block_moments, merge, reciprocal_std
-from numba_fused.ladder.rung import Ledger, Operands, convolution_bytes, seed_bytes, vector_bytes
-from numba_fused.reference import convolution
+from numba_fused.ladder.rung import (
+    Ledger,
+    Operands,
+    convolution_bytes,
+    sample_limit,
+    seed_bytes,
+    vector_bytes,
+)
+from numba_fused.reference import convolution, full_precision
 from numba_fused.rng import RUN, keep_bits
 from numba_fused.spec import BlockSpec
 
@@ -157,15 +164,16 @@ def tiles_per_group(spec: BlockSpec) -> int:
     return -(-spec.group_size // TILE)
 
 
+limit = sample_limit
+
+
 def forward(launch: Launcher, operands: Operands) -> None:
     """The library's convolution in full fp32, then two launches."""
     spec, out = operands.spec, operands.out
     blocks = operands.group_count * tiles_per_group(spec)
     partial = torch.empty((3, blocks), dtype=out.dtype, device=out.device)
     x, weight = operands.x.view(spec.x_shape), operands.weight.view(spec.weight_shape)
-    with torch.backends.cudnn.flags(
-        enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False
-    ):
+    with full_precision():
         z = convolution(spec, x, weight, None).contiguous().view(-1)
     launch(
         moments_kernel,
@@ -174,8 +182,7 @@ def forward(launch: Launcher, operands: Operands) -> None:
         z,
         operands.bias,
         partial,
-        spec.group_size,
-        spec.num_groups,
+        *operands.groups,
     )
     launch(
         apply_kernel,
@@ -187,8 +194,7 @@ def forward(launch: Launcher, operands: Operands) -> None:
         operands.gamma,
         operands.beta,
         out,
-        spec.group_size,
-        spec.num_groups,
+        *operands.groups,
         operands.eps,
         operands.bounds,
         *operands.dropout,

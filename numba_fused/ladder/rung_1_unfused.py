@@ -24,14 +24,15 @@ from numba_fused.device.pointwise import clamp, minimum, normalise
 from numba_fused.device.reductions import (
     LAUNCH_BOUNDS,
     MOMENTS_SHAPE,
-    add_value,
     block_moments,
     reciprocal_std,
+    strided_moments,
 )
 from numba_fused.ladder.rung import (
     Ledger,
     Operands,
     convolution_bytes,
+    sample_limit,
     seed_bytes,
     vector_bytes,
 )
@@ -56,10 +57,7 @@ def group_norm_kernel(z, gamma, beta, h, group_size, num_groups, eps):
     """One block per (sample, group): statistics in a first pass, normalisation in a second."""
     scratch = cuda.shared.array(MOMENTS_SHAPE, z.dtype)
     first = cuda.blockIdx.x * group_size
-    count = z.dtype.type(0)
-    mean, m2 = count, count
-    for i in range(cuda.threadIdx.x, group_size, cuda.blockDim.x):
-        count, mean, m2 = add_value(count, mean, m2, z[first + i])
+    count, mean, m2 = strided_moments(z, first, group_size)
     count, mean, m2 = block_moments(count, mean, m2, scratch)
     rstd = reciprocal_std(count, m2, eps)
 
@@ -94,6 +92,9 @@ def dropout_kernel(c, out, seed, width, drop_threshold, keep_scale):
         out[index] = dropout(c[index], index, seed, width, drop_threshold, keep_scale)
 
 
+limit = sample_limit
+
+
 def forward(launch: Launcher, operands: Operands) -> None:
     """Five launches; four when dropout does not act, and the clamp then writes the output."""
     spec, out = operands.spec, operands.out
@@ -121,8 +122,7 @@ def forward(launch: Launcher, operands: Operands) -> None:
         operands.gamma,
         operands.beta,
         h,
-        spec.group_size,
-        spec.num_groups,
+        *operands.groups,
         operands.eps,
     )
     launch(min_kernel, blocks, threads, h, m, cap)

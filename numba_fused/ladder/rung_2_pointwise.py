@@ -23,14 +23,15 @@ from numba_fused.device.pointwise import clamp, minimum, normalise
 from numba_fused.device.reductions import (
     LAUNCH_BOUNDS,
     MOMENTS_SHAPE,
-    add_value,
     block_moments,
     reciprocal_std,
+    strided_moments,
 )
 from numba_fused.ladder.rung import (
     Ledger,
     Operands,
     convolution_bytes,
+    sample_limit,
     seed_bytes,
     vector_bytes,
 )
@@ -60,10 +61,7 @@ def group_norm_min_clamp_dropout_kernel(
     """One block per (sample, group): statistics, then everything else in one pass."""
     scratch = cuda.shared.array(MOMENTS_SHAPE, z.dtype)
     first = cuda.blockIdx.x * group_size
-    count = z.dtype.type(0)
-    mean, m2 = count, count
-    for i in range(cuda.threadIdx.x, group_size, cuda.blockDim.x):
-        count, mean, m2 = add_value(count, mean, m2, z[first + i])
+    count, mean, m2 = strided_moments(z, first, group_size)
     count, mean, m2 = block_moments(count, mean, m2, scratch)
     rstd = reciprocal_std(count, m2, eps)
 
@@ -76,9 +74,12 @@ def group_norm_min_clamp_dropout_kernel(
         out[first + i] = dropout(c, first + i, seed, width, drop_threshold, keep_scale)
 
 
+limit = sample_limit
+
+
 def forward(launch: Launcher, operands: Operands) -> None:
     """Two launches."""
-    spec, out, threads = operands.spec, operands.out, operands.threads_per_block
+    out, threads = operands.out, operands.threads_per_block
     z = torch.empty_like(out)
     launch(
         convolution_kernel,
@@ -99,8 +100,7 @@ def forward(launch: Launcher, operands: Operands) -> None:
         operands.gamma,
         operands.beta,
         out,
-        spec.group_size,
-        spec.num_groups,
+        *operands.groups,
         operands.eps,
         operands.bounds,
         *operands.dropout,

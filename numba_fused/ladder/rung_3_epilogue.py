@@ -34,6 +34,7 @@ from numba_fused.ladder.rung import (
     Ledger,
     Operands,
     convolution_bytes,
+    sample_limit,
     seed_bytes,
     vector_bytes,
 )
@@ -114,6 +115,9 @@ def blocks_per_group(spec: BlockSpec, threads_per_block: int) -> int:
     return -(-spec.group_size // (threads_per_block * ELEMENTS_PER_THREAD))
 
 
+limit = sample_limit
+
+
 def forward(launch: Launcher, operands: Operands) -> None:
     """Two launches of the same grid."""
     spec, out, threads = operands.spec, operands.out, operands.threads_per_block
@@ -129,8 +133,7 @@ def forward(launch: Launcher, operands: Operands) -> None:
         operands.bias,
         z,
         partial,
-        spec.group_size,
-        spec.num_groups,
+        *operands.groups,
         operands.geometry,
     )
     launch(
@@ -142,8 +145,7 @@ def forward(launch: Launcher, operands: Operands) -> None:
         operands.gamma,
         operands.beta,
         out,
-        spec.group_size,
-        spec.num_groups,
+        *operands.groups,
         operands.eps,
         operands.bounds,
         *operands.dropout,

@@ -17,21 +17,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from numba import cuda
+from numba import cuda, int32
 
 from numba_fused.device.convolution import convolve_at
 from numba_fused.device.pointwise import clamp, minimum, normalise
 from numba_fused.device.reductions import (
+    CHAIN,
     LAUNCH_BOUNDS,
     MOMENTS_SHAPE,
     add_value,
     block_moments,
+    merge,
     reciprocal_std,
 )
 from numba_fused.ladder.rung import (
     Ledger,
     Operands,
     convolution_bytes,
+    sample_limit,
     seed_bytes,
     vector_bytes,
 )
@@ -64,12 +67,19 @@ def one_kernel(
     scratch = cuda.shared.array(MOMENTS_SHAPE, x.dtype)
     n, group = cuda.blockIdx.x // num_groups, cuda.blockIdx.x % num_groups
     first = cuda.blockIdx.x * group_size
-    count = x.dtype.type(0)
-    mean, m2 = count, count
-    for i in range(cuda.threadIdx.x, group_size, cuda.blockDim.x):
+    zero = x.dtype.type(0)
+    count, mean, m2 = zero, zero, zero
+    count_b, mean_b, m2_b = zero, zero, zero
+    i = int32(cuda.threadIdx.x)
+    while i < group_size:  # as in `convolve_at`: no register to spare for a range
         value = convolve_at(x, weight, bias, n, group * group_size + i, geometry)
         out[first + i] = value
-        count, mean, m2 = add_value(count, mean, m2, value)
+        count_b, mean_b, m2_b = add_value(count_b, mean_b, m2_b, value)
+        if count_b == CHAIN:
+            count, mean, m2 = merge(count, mean, m2, count_b, mean_b, m2_b)
+            count_b, mean_b, m2_b = zero, zero, zero
+        i = int32(i + cuda.blockDim.x)
+    count, mean, m2 = merge(count, mean, m2, count_b, mean_b, m2_b)
     count, mean, m2 = block_moments(count, mean, m2, scratch)
     rstd = reciprocal_std(count, m2, eps)
 
@@ -82,9 +92,11 @@ def one_kernel(
         out[first + i] = dropout(c, first + i, seed, width, drop_threshold, keep_scale)
 
 
+limit = sample_limit
+
+
 def forward(launch: Launcher, operands: Operands) -> None:
     """One launch."""
-    spec = operands.spec
     launch(
         one_kernel,
         operands.group_count,
@@ -95,8 +107,7 @@ def forward(launch: Launcher, operands: Operands) -> None:
         operands.gamma,
         operands.beta,
         operands.out,
-        spec.group_size,
-        spec.num_groups,
+        *operands.groups,
         operands.eps,
         operands.geometry,
         operands.bounds,
