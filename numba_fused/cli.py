@@ -155,6 +155,7 @@ def verify(
     import torch
 
     from numba_fused import ladder, verify
+    from numba_fused.results import provenance
     from numba_fused.spec import SUPPORTED_DTYPES
 
     with usage_errors():
@@ -184,18 +185,17 @@ def verify(
                     messages.print(escape(f"FAILED {name}: {result.reason}\n  {case}"))
                     messages.print(f"  {case.reproducer(name)}", soft_wrap=True, markup=False)
     if as_json:
-        print_json(
-            [
-                {
-                    "case": case.index,
-                    "variant": name,
-                    "description": str(case),
-                    "reproducer": case.reproducer(name),
-                    **vars(result),
-                }
-                for case, name, result in outcomes
-            ]
-        )
+        found = [
+            {
+                "case": case.index,
+                "variant": name,
+                "description": str(case),
+                "reproducer": case.reproducer(name),
+                **vars(result),
+            }
+            for case, name, result in outcomes
+        ]
+        print_json({"seed": seed, "device": device, **provenance(), "results": found})
     else:
         _print_verified(outcomes, names, device)
     leave(all(result.ok for _, _, result in outcomes))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from numba_fused import ladder
 from numba_fused.ops import check_precision, fused_conv_group_norm_min_clamp_dropout
-from numba_fused.spec import IntOrTuple, Padding, check_dropout_p
+from numba_fused.spec import IntOrTuple, Padding, check_bounds, check_dropout_p
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -85,6 +85,7 @@ class FusedConvGroupNormMinClampDropout(nn.Module):
         if dim not in _CONVOLUTIONS:
             raise ValueError(f"dim must be 1, 2 or 3, but got {dim}")
         check_dropout_p(dropout_p)
+        check_bounds(min_value=min_value, max_value=max_value, cap=cap)
         check_precision(precision)
         if variant != "auto":
             ladder.get(variant)

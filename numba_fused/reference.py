@@ -39,7 +39,8 @@ def reference(
         bool, of the output's shape: which elements dropout keeps. Overrides `seed`.
     **parameters
         The block's keywords: `num_groups`, `min_value`, `max_value`, `cap`, `dropout_p`,
-        `training`, `stride`, `padding`, `dilation`, `groups`, `eps`.
+        `training`, `stride`, `padding`, `dilation`, `groups`, `eps`; `precision` and `variant`
+        say how to compute and not what, so they are ignored here.
 
     Returns
     -------
@@ -51,10 +52,15 @@ def reference(
     RuntimeError, ValueError, TypeError
         As `BlockSpec.from_arguments`.
     """
-    spec = BlockSpec.from_arguments(x.shape, weight.shape, **parameters)
+    what = {k: v for k, v in parameters.items() if k not in ("precision", "variant")}
+    spec = BlockSpec.from_arguments(x.shape, weight.shape, **what)
+    if keep_mask is not None and keep_mask.shape != spec.output_shape:
+        raise RuntimeError(
+            f"keep_mask must have the output's shape {list(spec.output_shape)}, but got "
+            f"{list(keep_mask.shape)}"
+        )
     if spec.draws and keep_mask is None:
-        if seed is None:
-            seed = draw_seed(x.device)
+        seed = seed_tensor(seed, x.device)
         mask = rng.keep_mask(int(seed), spec.output_shape, spec.dropout_p)
         keep_mask = torch.from_numpy(mask).to(x.device)
     return chain(spec, x, weight, bias, gamma, beta, keep_mask)

@@ -363,6 +363,13 @@ def check_dropout_p(p: float) -> None:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
 
 
+def check_bounds(**bounds: float | None) -> None:
+    """Raise `TypeError` for a bound that is no number, `ValueError` for one that is NaN."""
+    for name, value in bounds.items():
+        if value is not None:
+            _number(name, value)
+
+
 def check_threads_per_block(threads_per_block: int) -> None:
     """Raise `ValueError` unless the block is a whole number of warps the hardware can hold."""
     if threads_per_block not in range(32, 1025, 32):

@@ -492,3 +492,17 @@ def test_any_strides(rung: str) -> None:
     )
     assert not any(t.is_contiguous() for t in strided if t is not None)
     assert bits(run(rung, spec, strided, threads)) == bits(expected)
+
+
+@pytest.mark.parametrize("rung", [rung.name for rung in ladder.rungs() if rung.number > 0])
+def test_a_sample_beyond_32_bit_indices_is_refused(rung: str) -> None:
+    """Shapes only: no tensor of this size is ever made."""
+
+    def limit(width: int) -> str | None:
+        spec = nf.BlockSpec.from_arguments(
+            (1, 1, width), (1, 1, 1), num_groups=1, min_value=-1.0, max_value=1.0, cap=0.5
+        )
+        return ladder.get(rung).limit(spec)
+
+    assert limit(2**31 - 1) is None
+    assert "2,147,483,648 values" in str(limit(2**31))
