@@ -7,6 +7,7 @@ could not run is a row too, with its reason.
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -92,7 +93,13 @@ def driver_version() -> str:
 
 
 def commit() -> str:
-    """Git commit of the package's sources, with ``-dirty`` if they differ; empty without git."""
+    """Git commit of the package's sources, with ``-dirty`` if they differ; empty without git.
+
+    Sources that were copied to another machine without their history say theirs in the
+    environment variable ``NUMBA_FUSED_COMMIT``.
+    """
+    if told := os.environ.get("NUMBA_FUSED_COMMIT"):
+        return told
     package = Path(__file__).parent
     head = _output(["git", "-C", str(package), "rev-parse", "HEAD"])
     changes = _output(["git", "-C", str(package), "status", "--porcelain", "--", "."])

@@ -256,6 +256,11 @@ def test_wrong_rung_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "p50_ms" not in measured
 
 
+def test_sources_without_history_are_told_their_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NUMBA_FUSED_COMMIT", "abc123")
+    assert results.provenance()["commit"] == "abc123"
+
+
 def test_constraints_pin_what_is_installed() -> None:
     """The versions that claim to be tested are those the tests run with, where CI runs them."""
     from numba_fused.environment import CONSTRAINTS, inspect
