@@ -26,7 +26,7 @@ from torch import Tensor
 
 from numba_fused import ladder, results
 from numba_fused.reference import chain, convolution
-from numba_fused.results import Row
+from numba_fused.results import COMPILED, Row, variants
 from numba_fused.spec import BlockSpec
 from numba_fused.verify import Tensors, Yardstick, mask_of, poisoned, relative_error, yardstick
 
@@ -38,7 +38,6 @@ CASES: dict[str, dict[str, Any]] = {
     "kb83-b16": {"x": (16, 3, 16, 64, 64), "weight": (16, 3, 3, 3, 3), "num_groups": 8},
     "kb83-b1": {"x": (1, 3, 16, 64, 64), "weight": (16, 3, 3, 3, 3), "num_groups": 8},
 }
-COMPILED = "torch.compile"
 DROPOUT_SEED = 83
 SAMPLES = 30
 SAMPLE_MS = 3.0  # a timed sample is at least this long: event resolution is 0.5 us
@@ -62,12 +61,6 @@ def case_spec(name: str, dtype: str = "float32") -> BlockSpec:
     parameters = dict(CASES[name])
     x, weight = parameters.pop("x"), parameters.pop("weight")
     return BlockSpec.from_arguments(x, weight, dtype=dtype, **CHAIN, **parameters)
-
-
-def variants() -> list[str]:
-    """What can be timed: every rung, and torch.compile beside eager PyTorch."""
-    names = ladder.names()
-    return [names[0], COMPILED, *names[1:]]
 
 
 @dataclass

@@ -129,7 +129,7 @@ def fused_conv_group_norm_min_clamp_dropout(
     if x.device.type == "cpu" and variant == "auto":
         return chain(spec, *operands, dropout_mask(spec, seed))
     if variant == "auto":
-        variant = plan.choose(spec, x.device)
+        variant = plan.choose(spec)
     elif x.device.type == "cpu" and variant != "torch":
         plan.check_simulable(spec, variant)
     return _Block.apply(spec, variant, seed, *operands)

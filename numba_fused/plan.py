@@ -1,17 +1,20 @@
-"""Which variant `variant="auto"` means, for a shape on a device."""
+"""Which variant `variant="auto"` means, for a shape."""
 
 from __future__ import annotations
 
-import torch
-
+from numba_fused import ladder
 from numba_fused.spec import BlockSpec
 
 SIMULATOR_MULTIPLY_ADDS = 2_000_000  # about a minute of simulation
 
 
-def choose(spec: BlockSpec, device: torch.device) -> str:
-    """Name of the fastest rung for `spec` on `device`, by measurement."""
-    return "library_conv"
+def choose(spec: BlockSpec) -> str:
+    """Name of the fastest rung that can run `spec` on a GPU.
+
+    By measurement (plots/data/ladder.csv) that is the library's convolution with our statistics
+    and apply kernels, from batch 1 to 128; PyTorch's operators run what it cannot.
+    """
+    return "library_conv" if ladder.get("library_conv").limit(spec) is None else "torch"
 
 
 def check_simulable(spec: BlockSpec, variant: str) -> None:

@@ -21,6 +21,7 @@ Row: TypeAlias = dict[str, Any]
 
 DATA = Path("plots/data")
 LADDER = DATA / "ladder.csv"
+COMPILED = "torch.compile"
 
 COLUMNS = {
     "case": "name of the benchmark case",
@@ -59,6 +60,14 @@ COLUMNS = {
     "commit": "git commit of the package; -dirty if its sources differ from it",
     "utc": "when it was measured",
 }
+
+
+def variants() -> list[str]:
+    """What can be timed: every rung, and torch.compile beside eager PyTorch."""
+    from numba_fused import ladder
+
+    names = ladder.names()
+    return [names[0], COMPILED, *names[1:]]
 
 
 def provenance() -> Row:
@@ -164,8 +173,6 @@ def latest(frame: pd.DataFrame, case: str) -> list[Row]:
     ValueError
         There is no row of that case.
     """
-    from numba_fused.bench import variants
-
     newest: dict[str, Row] = {}
     for record in frame.to_dict("records"):
         row: Row = {str(key): None if pd.isna(value) else value for key, value in record.items()}

@@ -26,7 +26,7 @@ from definition import (
 from torch import Tensor
 
 import numba_fused as nf
-from numba_fused import ladder
+from numba_fused import ladder, plan
 from numba_fused.simulator import Simulator
 from numba_fused.spec import BlockSpec
 
@@ -494,15 +494,19 @@ def test_any_strides(rung: str) -> None:
     assert bits(run(rung, spec, strided, threads)) == bits(expected)
 
 
+def samples_of(width: int) -> BlockSpec:
+    """Shapes only: no tensor of this size is ever made."""
+    return BlockSpec.from_arguments(
+        (1, 1, width), (1, 1, 1), num_groups=1, min_value=-1.0, max_value=1.0, cap=0.5
+    )
+
+
 @pytest.mark.parametrize("rung", [rung.name for rung in ladder.rungs() if rung.number > 0])
 def test_a_sample_beyond_32_bit_indices_is_refused(rung: str) -> None:
-    """Shapes only: no tensor of this size is ever made."""
+    assert ladder.get(rung).limit(samples_of(2**31 - 1)) is None
+    assert "2,147,483,648 values" in str(ladder.get(rung).limit(samples_of(2**31)))
 
-    def limit(width: int) -> str | None:
-        spec = nf.BlockSpec.from_arguments(
-            (1, 1, width), (1, 1, 1), num_groups=1, min_value=-1.0, max_value=1.0, cap=0.5
-        )
-        return ladder.get(rung).limit(spec)
 
-    assert limit(2**31 - 1) is None
-    assert "2,147,483,648 values" in str(limit(2**31))
+def test_auto_falls_back_to_torch_where_the_kernels_cannot_run() -> None:
+    assert plan.choose(samples_of(2**31 - 1)) == "library_conv"
+    assert plan.choose(samples_of(2**31)) == "torch"
