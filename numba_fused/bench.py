@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from numba_fused import ladder, results
-from numba_fused.reference import chain, convolution
+from numba_fused.reference import chain
 from numba_fused.results import COMPILED, Row, variants
 from numba_fused.spec import BlockSpec
 from numba_fused.verify import Tensors, Yardstick, mask_of, poisoned, relative_error, yardstick
@@ -242,9 +242,7 @@ def native_chain(
     beta: Tensor | None,
 ) -> Tensor:
     """The chain as one writes it in PyTorch, with PyTorch's own dropout."""
-    h = F.group_norm(convolution(spec, x, weight, bias), spec.num_groups, gamma, beta, spec.eps)
-    m = torch.minimum(h, torch.full((), spec.cap, dtype=h.dtype, device=h.device))
-    c = torch.clamp(m, spec.min_value, spec.max_value)
+    c = chain(spec, x, weight, bias, gamma, beta, None)
     return F.dropout(c, spec.dropout_p, spec.training)
 
 

@@ -19,7 +19,6 @@ never less than `LEAST_ERROR`.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ import torch
 from torch import Tensor
 
 from numba_fused import ladder, rng
-from numba_fused.reference import chain
+from numba_fused.reference import chain, full_precision
 from numba_fused.spec import BlockSpec
 
 SIMULATOR_MACS = 30_000  # a case takes a fraction of a second in the simulator
@@ -507,7 +506,7 @@ def yardstick(spec: BlockSpec, tensors: Tensors, keep_mask: Tensor | None) -> Ya
     narrow = tensors.map(lambda t: t.to(dtype))
     generator = torch.Generator(tensors.x.device).manual_seed(0)
     samples = FEW_SAMPLES if math.prod(spec.output_shape) > MANY_VALUES else SAMPLES
-    with torch.no_grad(), true_fp32():
+    with torch.no_grad(), full_precision():
         reference = chain(spec, *wide, keep_mask)
         errors = [
             relative_error(chain(spec, *narrow, keep_mask), reference),
@@ -533,18 +532,6 @@ def relative_error(out: Tensor, reference: Tensor) -> float:
     error = float(torch.linalg.vector_norm(out.double() - reference))
     error = math.inf if math.isnan(error) else error
     return error / norm if norm > 0 else error
-
-
-@contextlib.contextmanager
-def true_fp32() -> Iterator[None]:
-    """Keep cuDNN's convolutions out of TF32: PyTorch's error would be 1000 times its fp32 one."""
-    cudnn = torch.backends.cudnn
-    allowed = cudnn.allow_tf32
-    cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32 = allowed
 
 
 def mirrored(spec: BlockSpec, tensors: Tensors, keep_mask: Tensor | None) -> Tensor:
