@@ -9,7 +9,7 @@ six tuples of int32:
 
 Numba widens every integer operation to 64 bits, which a GPU emulates, divisions above all.
 Casting a result back to 32 bits lets the compiler compute it in 32 from the start. That is safe
-within one sample, which is limited to 2^31 - 1 values; only a sample's offset needs 64.
+within one sample, which is limited to 2^31 - 4096 values; only a sample's offset needs 64.
 """
 
 from __future__ import annotations

@@ -63,14 +63,19 @@ def convolution_bytes(spec: BlockSpec) -> int:
     return spec.x_bytes + weight + vector_bytes(spec)
 
 
+# The kernels index within a sample in 32 bits, and the last block of a sample looks beyond its end
+# by less than 4096 values (the largest tile, rung 10's): that overshoot must not wrap either.
+LARGEST_SAMPLE = 2**31 - 4096
+
+
 def sample_limit(spec: BlockSpec) -> str | None:
     """Why kernels that index within a sample in 32 bits cannot run `spec`, or None."""
     values = max(math.prod(spec.x_shape[1:]), math.prod(spec.output_shape[1:]))
-    if values < 2**31:
+    if values <= LARGEST_SAMPLE:
         return None
     return (
         f"one sample has {values:,} values, and the kernels' 32-bit index within a sample allows "
-        f"{2**31 - 1:,}; use variant='torch'"
+        f"{LARGEST_SAMPLE:,}; use variant='torch'"
     )
 
 
