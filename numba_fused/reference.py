@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ def reference(
     **parameters
         The block's keywords: `num_groups`, `min_value`, `max_value`, `cap`, `dropout_p`,
         `training`, `stride`, `padding`, `dilation`, `groups`, `eps`; `precision` and `variant`
-        say how to compute and not what, so they are ignored here.
+        say how to compute and not what, so they change nothing here.
 
     Returns
     -------
@@ -52,7 +52,7 @@ def reference(
     RuntimeError, ValueError, TypeError
         As `BlockSpec.from_arguments`.
     """
-    what = {k: v for k, v in parameters.items() if k not in ("precision", "variant")}
+    what = {k: v for k, v in parameters.items() if k != "variant"}
     spec = BlockSpec.from_arguments(x.shape, weight.shape, **what)
     if keep_mask is not None and keep_mask.shape != spec.output_shape:
         raise RuntimeError(
@@ -89,11 +89,24 @@ def chain(
 
 def full_precision() -> AbstractContextManager[None]:
     """No TF32 inside cuDNN's convolutions, which PyTorch admits by default for fp32 tensors."""
-    return torch.backends.cudnn.flags(
-        enabled=torch.backends.cudnn.enabled,
-        benchmark=torch.backends.cudnn.benchmark,
-        deterministic=torch.backends.cudnn.deterministic,
-        allow_tf32=False,
+    return _cudnn(allow_tf32=False)
+
+
+def convolution_precision(spec: BlockSpec) -> AbstractContextManager[None]:
+    """What cuDNN may do inside the block: TF32 where the call's precision allows it."""
+    return full_precision() if spec.precision == "ieee" else _cudnn(allow_tf32=True)
+
+
+def _cudnn(*, allow_tf32: bool) -> AbstractContextManager[None]:
+    """cuDNN as the user has set it, but for TF32."""
+    cudnn = torch.backends.cudnn
+    if cudnn.allow_tf32 == allow_tf32:
+        return nullcontext()  # setting the flags takes as long as a launch
+    return cudnn.flags(
+        enabled=cudnn.enabled,
+        benchmark=cudnn.benchmark,
+        deterministic=cudnn.deterministic,
+        allow_tf32=allow_tf32,
     )
 
 

@@ -16,6 +16,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 IntOrTuple: TypeAlias = int | Sequence[int]
@@ -23,6 +24,7 @@ Padding: TypeAlias = int | Sequence[int] | str
 Triple: TypeAlias = tuple[int, int, int]
 
 SUPPORTED_DTYPES = ("float32", "float64")
+PRECISIONS = ("ieee", "tf32")
 
 
 class DegenerateChainWarning(UserWarning):
@@ -58,6 +60,9 @@ class BlockSpec:
         Whether the convolution has a bias, the normalisation gamma and beta.
     dtype : str
         ``"float32"`` or ``"float64"``.
+    precision : str
+        What the convolution's products must be good for: ``"ieee"``, the error of fp32
+        arithmetic; ``"tf32"``, operands rounded to 10 fraction bits.
     """
 
     batch: int
@@ -79,6 +84,7 @@ class BlockSpec:
     has_bias: bool = True
     affine: bool = True
     dtype: str = "float32"
+    precision: str = "ieee"
 
     @classmethod
     def from_arguments(
@@ -100,6 +106,7 @@ class BlockSpec:
         has_bias: bool = True,
         affine: bool = True,
         dtype: str = "float32",
+        precision: str = "ieee",
     ) -> BlockSpec:
         """Validate the arguments of one call and normalise their spelling.
 
@@ -113,7 +120,7 @@ class BlockSpec:
             As in `fused_conv_group_norm_min_clamp_dropout`; ``cap=None`` means `min_value`.
         stride, padding, dilation, groups, eps
             Likewise.
-        has_bias, affine, dtype
+        has_bias, affine, dtype, precision
             See the attributes.
 
         Returns
@@ -125,7 +132,7 @@ class BlockSpec:
         RuntimeError
             Shapes, channels, groups, stride, padding or dilation that do not fit together:
             what ``torch.nn.functional.conv3d`` and ``group_norm`` raise. An unsupported dtype
-            raises its subclass `NotImplementedError`.
+            or precision raises its subclass `NotImplementedError`.
         ValueError
             `dropout_p` outside [0, 1] or NaN; a NaN bound; a single value per group.
         TypeError
@@ -136,6 +143,7 @@ class BlockSpec:
                 f"the kernels are not implemented for dtype {dtype}: use "
                 f"{' or '.join(SUPPORTED_DTYPES)}, for example x.float()"
             )
+        check_precision(precision)
         axes = len(weight_shape) - 2
         if axes not in (1, 2, 3):
             raise RuntimeError(
@@ -171,6 +179,7 @@ class BlockSpec:
             has_bias=has_bias,
             affine=affine,
             dtype=dtype,
+            precision=precision,
         )
         spec._check_convolution(int(weight_shape[1]))
         spec._check_normalisation()
@@ -218,9 +227,17 @@ class BlockSpec:
                 f"groups or a larger input"
             )
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Specs are keys wherever something is remembered; twenty fields take a while to hash."""
+        return hash(tuple(getattr(self, name) for name in self.__dataclass_fields__))
+
     # ---- shapes ---------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def output_size(self) -> tuple[int, ...]:
         """Spatial extent of the output, by the formula of ``torch.nn.Conv3d``:
         ``(input + padding - dilation * (kernel - 1) - 1) // stride + 1`` per axis.
@@ -237,22 +254,22 @@ class BlockSpec:
             )
         )
 
-    @property
+    @cached_property
     def x_shape(self) -> tuple[int, ...]:
         """(N, C, *input_size)."""
         return (self.batch, self.in_channels, *self.input_size)
 
-    @property
+    @cached_property
     def weight_shape(self) -> tuple[int, ...]:
         """(K, C / groups, *kernel_size)."""
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
-    @property
+    @cached_property
     def output_shape(self) -> tuple[int, ...]:
         """(N, K, *output_size)."""
         return (self.batch, self.out_channels, *self.output_size)
 
-    @property
+    @cached_property
     def group_size(self) -> int:
         """Values per sample and normalisation group: what one mean is taken over."""
         return self.out_channels // self.num_groups * math.prod(self.output_size)
@@ -368,6 +385,14 @@ def check_bounds(**bounds: float | None) -> None:
     for name, value in bounds.items():
         if value is not None:
             _number(name, value)
+
+
+def check_precision(precision: str) -> None:
+    """Raise `NotImplementedError` for a precision no rung computes in."""
+    if precision not in PRECISIONS:
+        raise NotImplementedError(
+            f"precision must be one of {', '.join(map(repr, PRECISIONS))}, but got {precision!r}"
+        )
 
 
 def check_threads_per_block(threads_per_block: int) -> None:

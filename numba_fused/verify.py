@@ -40,6 +40,7 @@ THREADS_PER_BLOCK = (32, 64, 96, 128, 256, 512, 1024)
 # The least error that is held against anyone: one unit in the last place in fp32. In fp64, where
 # PyTorch is compared with itself and can agree by luck, 16: still 10**8 times below fp32.
 LEAST_ERROR = {"float32": 2.0**-23, "float64": 2.0**-48}
+TF32_FRACTION_BITS = 10
 # PyTorch evaluations on nudged inputs: a few values need several, many values are an average.
 SAMPLES, FEW_SAMPLES, MANY_VALUES = 8, 1, 100_000
 
@@ -315,6 +316,7 @@ def _chain_parameters(draw: random.Random, out_channels: int) -> dict[str, Any]:
         "dropout_p": draw.choice((0.0, 0.2, 0.2, 0.5, 1.0, round(draw.random(), 3))),
         "training": draw.random() < 0.75,
         "eps": draw.choice((1e-5, 1e-5, 1e-3)),
+        "precision": draw.choice(("ieee", "ieee", "tf32")),
     }
 
 
@@ -449,7 +451,7 @@ def check(case: Case, variant: str, device: str | torch.device = "cpu") -> Resul
     ValueError
         No rung has that name.
     """
-    reason = ladder.get(variant).limit(case.spec)
+    reason = ladder.get(variant).obstacle(case.spec, ladder.capability())
     if reason is not None:
         return Result("skipped", reason=reason)
 
@@ -499,7 +501,8 @@ def yardstick(spec: BlockSpec, tensors: Tensors, keep_mask: Tensor | None) -> Ya
     """The fp64 answer of a call and PyTorch's own error in the call's dtype.
 
     In fp64 there is nothing more precise to measure PyTorch against, so its evaluations are
-    compared with the first of them: what they differ by is rounding.
+    compared with the first of them: what they differ by is rounding. For precision "tf32" PyTorch
+    is given operands of the convolution that are rounded to TF32, which is what cuDNN does.
     """
     wide = tensors.map(Tensor.double)
     dtype = getattr(torch, spec.dtype)
@@ -508,6 +511,9 @@ def yardstick(spec: BlockSpec, tensors: Tensors, keep_mask: Tensor | None) -> Ya
     samples = FEW_SAMPLES if math.prod(spec.output_shape) > MANY_VALUES else SAMPLES
     with torch.no_grad(), full_precision():
         reference = chain(spec, *wide, keep_mask)
+        if spec.precision == "tf32" and spec.dtype == "float32":
+            x, weight = rounded_to_tf32(narrow.x), rounded_to_tf32(narrow.weight)
+            narrow = narrow._replace(x=x, weight=weight)
         errors = [
             relative_error(chain(spec, *narrow, keep_mask), reference),
             relative_error(mirrored(spec, narrow, keep_mask), reference),
@@ -516,6 +522,14 @@ def yardstick(spec: BlockSpec, tensors: Tensors, keep_mask: Tensor | None) -> Ya
             nudged = narrow.map(lambda t: _nudged(t, generator))
             errors.append(relative_error(chain(spec, *nudged, keep_mask), reference))
     return Yardstick(reference, max(errors), spec.dtype)
+
+
+def rounded_to_tf32(t: Tensor) -> Tensor:
+    """fp32 values rounded to the nearest with 10 fraction bits, as a tensor core takes them."""
+    dropped = 23 - TF32_FRACTION_BITS
+    bits = t.contiguous().view(torch.int32)
+    rounded = bits + (1 << (dropped - 1)) & -(1 << dropped)
+    return torch.where(torch.isfinite(t), rounded.view(torch.float32), t)
 
 
 def relative_error(out: Tensor, reference: Tensor) -> float:

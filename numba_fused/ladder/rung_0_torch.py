@@ -25,7 +25,7 @@ from numba_fused.ladder.rung import (
     seed_bytes,
     vector_bytes,
 )
-from numba_fused.reference import chain, full_precision
+from numba_fused.reference import chain, convolution_precision
 from numba_fused.spec import BlockSpec
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def dropout_mask(spec: BlockSpec, seed: Tensor | None) -> Tensor | None:
 def forward(launch: Launcher, operands: Operands) -> None:
     """Run PyTorch's operators, with the kernels' own mask so that the answers can be compared."""
     spec = operands.spec
-    with full_precision():
+    with convolution_precision(spec):
         y = chain(
             spec,
             operands.x.view(spec.x_shape),
