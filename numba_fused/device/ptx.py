@@ -1,0 +1,384 @@
+"""Machine instructions that Python has no word for, each with its meaning in Python.
+
+A function here is two things. To the compiler it is one PTX instruction (the decorator's text);
+to a reader, and to the simulator, it is its own body. `simulated_as` ties the two together, so
+the very same kernels run with and without a GPU. This is the only module that knows PTX.
+
+Fragments: an ``m16n8`` matrix instruction is executed by a warp together. Lane ``l`` is in row
+``l // 4`` ("group") and column ``l % 4`` of the operand tables in NVIDIA's "PTX ISA", section
+"Matrix fragments for mma.m16n8k8 / m16n8k16"; the meanings below spell out who holds what.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import cuda, float32, int32, types, uint32
+from numba.cuda.extending import intrinsic
+
+FULL_WARP = 0xFFFFFFFF
+
+_IR_TYPES = {
+    float32: ir.FloatType(),
+    int32: ir.IntType(32),
+    uint32: ir.IntType(32),
+    types.void: ir.VoidType(),
+}
+
+
+def instruction(
+    assembly: str, constraints: str, signature: Any, *, side_effect: bool = False
+) -> Callable[[Callable[..., Any]], Any]:
+    """Make the decorated function, which is the meaning, an intrinsic that emits `assembly`.
+
+    Parameters
+    ----------
+    assembly, constraints : str
+        As in CUDA C++'s ``asm``, with ``$0`` for ``%0``; outputs come first.
+    signature : numba signature
+        Of scalars; several results are a `UniTuple`.
+    side_effect : bool
+        Whether the compiler must leave the instruction in its place.
+    """
+    results = signature.return_type
+    several = isinstance(results, types.UniTuple)
+    scalars = [results.dtype] * results.count if several else [results]
+
+    def codegen(context: Any, builder: Any, _: Any, args: Any) -> Any:
+        returned = [_IR_TYPES[t] for t in scalars]
+        function = ir.FunctionType(
+            ir.LiteralStructType(returned) if several else returned[0], [a.type for a in args]
+        )
+        code = ir.InlineAsm(function, assembly, constraints, side_effect=side_effect)
+        value = builder.call(code, args)
+        if not several:
+            return context.get_dummy_value() if results == types.void else value
+        parts = [builder.extract_value(value, i) for i in range(len(scalars))]
+        return context.make_tuple(builder, results, parts)
+
+    def decorate(meaning: Callable[..., Any]) -> Any:
+        def definition(typingctx: Any, *args: Any) -> Any:
+            return signature, codegen
+
+        return _intrinsic(definition, meaning)
+
+    return decorate
+
+
+def memory(codegen: Callable[..., Any], result: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Make the decorated function an intrinsic on ``(array, index, *values)``.
+
+    `codegen` gets the builder, the element's pointer and the values; `result` maps the element
+    type to the type of what comes back.
+    """
+
+    def decorate(meaning: Callable[..., Any]) -> Any:
+        def definition(typingctx: Any, array: Any, index: Any, *values: Any) -> Any:
+            element = array.dtype
+            returned = result(element)
+            signature = returned(array, types.uint64, *[element] * len(values))
+
+            def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+                data = context.make_array(sig.args[0])(context, builder, args[0]).data
+                pointer = builder.gep(data, [args[1]])
+                found = codegen(builder, pointer, list(args[2:]))
+                if not isinstance(returned, types.UniTuple):
+                    return context.get_dummy_value() if found is None else found
+                lanes = [
+                    builder.extract_element(found, ir.Constant(ir.IntType(32), i))
+                    for i in range(returned.count)
+                ]
+                return context.make_tuple(builder, returned, lanes)
+
+            return signature, lower
+
+        return _intrinsic(definition, meaning)
+
+    return decorate
+
+
+def _intrinsic(definition: Callable[..., Any], meaning: Callable[..., Any]) -> Any:
+    """Numba reads the arguments off the definition's signature: the meaning's, after a context."""
+    context = inspect.Parameter("typingctx", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(meaning).parameters.values()
+    definition.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
+    definition.__name__ = definition.__qualname__ = meaning.__name__
+    definition.__module__, definition.__doc__ = meaning.__module__, meaning.__doc__
+    found: Any = intrinsic(definition)
+    found.simulated_as = meaning
+    return found
+
+
+# ---- scalars ----------------------------------------------------------------------------------
+
+
+@instruction("min.NaN.f32 $0, $1, $2;", "=f,f,f", float32(float32, float32))
+def minimum_nan(a, b):
+    """The smaller; NaN if either is NaN, as in PyTorch. One instruction, from sm_80 on."""
+    return np.minimum(a, b)
+
+
+@instruction("max.NaN.f32 $0, $1, $2;", "=f,f,f", float32(float32, float32))
+def maximum_nan(a, b):
+    """The larger; NaN if either is NaN."""
+    return np.maximum(a, b)
+
+
+@instruction("mov.b32 $0, $1;", "=r,f", uint32(float32))
+def float_bits(value):
+    """The 32 bits of a float."""
+    return np.float32(value).view(np.uint32)
+
+
+@instruction("mov.b32 $0, $1;", "=f,r", float32(uint32))
+def bits_float(bits):
+    """The float with these 32 bits."""
+    return np.uint32(bits).view(np.float32)
+
+
+@instruction("cvt.rna.tf32.f32 $0, $1;", "=r,f", uint32(float32))
+def to_tf32(value):
+    """Round to 10 fraction bits, ties away from zero: the operand format of `mma_tf32`."""
+    bits = np.float32(value).view(np.uint32)
+    if not np.isfinite(value):
+        return bits
+    return (bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
+
+
+@instruction("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", uint32(float32, float32))
+def pack_halves(low, high):
+    """Round two floats to half precision and put them in one word."""
+    return np.array([low, high], np.float32).astype(np.float16).view(np.uint32)[0]
+
+
+@instruction(
+    "{ .reg .b16 l, h; .reg .f32 x, y; cvt.rn.f16x2.f32 $0, $3, $2; mov.b32 {l, h}, $0; "
+    "cvt.f32.f16 x, l; cvt.f32.f16 y, h; sub.f32 x, $2, x; sub.f32 y, $3, y; "
+    "cvt.rn.f16x2.f32 $1, y, x; }",
+    "=&r,=r,f,f",
+    types.UniTuple(uint32, 2)(float32, float32),
+)
+def split_halves(low, high):
+    """As `pack_halves`, and what that rounding left over as a second word of halves.
+
+    Together the two halves of a value keep 22 bits of it.
+    """
+    values = np.array([low, high], np.float32)
+    halves = values.astype(np.float16)
+    rest = (values - halves.astype(np.float32)).astype(np.float16)
+    return halves.view(np.uint32)[0], rest.view(np.uint32)[0]
+
+
+# Read anew at each use, these keep the compiler from computing everything that depends on them
+# before a long loop and spilling it for want of registers.
+
+
+@instruction("mov.u32 $0, %tid.x;", "=r", uint32(), side_effect=True)
+def thread_index():
+    """``cuda.threadIdx.x``, not remembered."""
+    return cuda.threadIdx.x
+
+
+@instruction("mov.u32 $0, %laneid;", "=r", uint32(), side_effect=True)
+def lane_index():
+    """``cuda.laneid``, not remembered."""
+    return cuda.laneid
+
+
+@instruction("mov.b32 $0, $1;", "=r,r", int32(int32), side_effect=True)
+def anew(value):
+    """`value`; what depends on it is computed again, not kept in registers from before."""
+    return value
+
+
+# ---- memory -----------------------------------------------------------------------------------
+
+
+def _vector_type(pointer: Any, lanes: int) -> Any:
+    return ir.VectorType(pointer.type.pointee, lanes)
+
+
+def _load_vector(lanes: int) -> Callable[..., Any]:
+    def codegen(builder: Any, pointer: Any, _: Any) -> Any:
+        vector = _vector_type(pointer, lanes)
+        cast = builder.bitcast(pointer, vector.as_pointer())
+        return builder.load(cast, align=4 * lanes)
+
+    return codegen
+
+
+def _store_vector(builder: Any, pointer: Any, values: list[Any]) -> None:
+    vector = ir.Constant(_vector_type(pointer, len(values)), ir.Undefined)
+    for lane, value in enumerate(values):
+        vector = builder.insert_element(vector, value, ir.Constant(ir.IntType(32), lane))
+    cast = builder.bitcast(pointer, vector.type.as_pointer())
+    builder.store(vector, cast, align=4 * len(values))
+
+
+@memory(_load_vector(4), lambda element: types.UniTuple(element, 4))
+def load_4(array, index):
+    """Four neighbours of a 4-byte type in one 128-bit load; `index` is a multiple of 4."""
+    return array[index], array[index + 1], array[index + 2], array[index + 3]
+
+
+@memory(_load_vector(2), lambda element: types.UniTuple(element, 2))
+def load_2(array, index):
+    """Two neighbours in one 64-bit load; `index` is even."""
+    return array[index], array[index + 1]
+
+
+@memory(_store_vector, lambda element: types.void)
+def store_4(array, index, a, b, c, d):
+    """Four neighbours in one 128-bit store."""
+    array[index], array[index + 1], array[index + 2], array[index + 3] = a, b, c, d
+
+
+@memory(_store_vector, lambda element: types.void)
+def store_2(array, index, a, b):
+    """Two neighbours in one 64-bit store."""
+    array[index], array[index + 1] = a, b
+
+
+def _ordered_load(order: str) -> Callable[..., Any]:
+    def codegen(builder: Any, pointer: Any, _: Any) -> Any:
+        element = pointer.type.pointee
+        letter = "f" if isinstance(element, ir.FloatType) else "r"
+        kind = "f32" if letter == "f" else "u32"
+        address = builder.ptrtoint(pointer, ir.IntType(64))
+        code = ir.InlineAsm(
+            ir.FunctionType(element, [address.type]),
+            f"ld.{order}.gpu.global.{kind} $0, [$1];",
+            f"={letter},l,~{{memory}}",
+            side_effect=True,
+        )
+        return builder.call(code, [address])
+
+    return codegen
+
+
+@memory(_ordered_load("relaxed"), lambda element: element)
+def load_fresh(array, index):
+    """A load that another block's store may have changed: it does not trust this SM's cache."""
+    return array[index]
+
+
+@memory(_ordered_load("acquire"), lambda element: element)
+def load_acquire(array, index):
+    """A fresh load of a counter; what its writers published before is visible afterwards."""
+    return cuda.atomic.add(array, index, 0)
+
+
+# ---- warps ------------------------------------------------------------------------------------
+
+
+@instruction("redux.sync.max.u32 $0, $1, 0xffffffff;", "=r,r", uint32(uint32), side_effect=True)
+def warp_max(value):
+    """The largest of the warp's 32 words, in every lane. From sm_80 on."""
+    return max(cuda.exchange_sync(FULL_WARP, value))
+
+
+_MMA_CONSTRAINTS = "=f,=f,=f,=f,r,r,r,r,r,r,0,1,2,3"
+_MMA_SIGNATURE = types.UniTuple(float32, 4)(*[uint32] * 6, *[float32] * 4)
+
+
+@instruction(
+    "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+    "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$0, $1, $2, $3};",
+    _MMA_CONSTRAINTS,
+    _MMA_SIGNATURE,
+)
+def mma_half(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
+    """``C + A @ B``: A 16x16 and B 16x8 of halves, C 16x8 of floats, spread over the warp.
+
+    Lane ``4 g + t`` holds two halves a word: of A rows g (a0, a2) and g + 8 (a1, a3), columns
+    2t, 2t + 1 (a0, a1) and 8 more (a2, a3); of B column g, rows 2t, 2t + 1 (b0) and 8 more (b1);
+    of C rows g (c0, c1) and g + 8 (c2, c3), columns 2t and 2t + 1.
+    """
+    words = cuda.exchange_sync(FULL_WARP, (a0, a1, a2, a3, b0, b1))
+    halves = np.array(words, np.uint32).view(np.float16).reshape(8, 4, 6, 2).astype(np.float64)
+    return _products(halves, c0, c1, c2, c3)
+
+
+@instruction(
+    "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+    "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$0, $1, $2, $3};",
+    _MMA_CONSTRAINTS,
+    _MMA_SIGNATURE,
+)
+def mma_tf32(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
+    """``C + A @ B``: A 16x8 and B 8x8 in TF32, C 16x8 of floats.
+
+    As `mma_half` with one value a word: column t of A for columns 2t, 2t + 1, column t + 4 for
+    the 8 more, and the same for the rows of B.
+    """
+    words = cuda.exchange_sync(FULL_WARP, (a0, a1, a2, a3, b0, b1))
+    values = np.array(words, np.uint32).view(np.float32).reshape(8, 4, 6, 1).astype(np.float64)
+    return _products(values, c0, c1, c2, c3)
+
+
+def _products(values, c0, c1, c2, c3):
+    """Four results for the lane that asks; `values` is (g, t, word, part of the word)."""
+    g, t = cuda.laneid // 4, cuda.laneid % 4
+    row, row_8 = values[g][:, [0, 2]], values[g][:, [1, 3]]
+    columns = values[2 * t][:, 4:], values[2 * t + 1][:, 4:]
+    sums = [np.sum(a * b) for a in (row, row_8) for b in columns]
+    return tuple(np.float32(c + s) for c, s in zip((c0, c1, c2, c3), sums, strict=True))
+
+
+# ---- asynchronous copies ----------------------------------------------------------------------
+
+
+def _copy_async(values: int) -> Callable[[Callable[..., Any]], Any]:
+    size = 4 * values
+    cache = "cg" if size == 16 else "ca"  # 16 bytes go past the first-level cache
+    assembly = f"cp.async.{cache}.shared.global [$0], [$1], {size}, $2;"
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        target, target_index, source, source_index, inside = args
+        shared = context.make_array(sig.args[0])(context, builder, target).data
+        shared = builder.gep(shared, [target_index])
+        shared = builder.addrspacecast(shared, ir.PointerType(shared.type.pointee, 3))
+        data = context.make_array(sig.args[2])(context, builder, source).data
+        data = builder.gep(data, [source_index])
+        word, address = ir.IntType(32), ir.IntType(64)
+        operands = [
+            builder.ptrtoint(shared, word),
+            builder.ptrtoint(data, address),
+            builder.select(inside, ir.Constant(word, size), ir.Constant(word, 0)),
+        ]
+        function = ir.FunctionType(ir.VoidType(), [o.type for o in operands])
+        code = ir.InlineAsm(function, assembly, "r,l,r,~{memory}", side_effect=True)
+        builder.call(code, operands)
+        return context.get_dummy_value()
+
+    def decorate(meaning: Callable[..., Any]) -> Any:
+        def definition(typingctx: Any, *args: Any) -> Any:
+            target, _, source, _, _ = args
+            kinds = (target, types.uint64, source, types.uint64, types.boolean)
+            return types.void(*kinds), lower
+
+        return _intrinsic(definition, meaning)
+
+    return decorate
+
+
+@_copy_async(4)
+def copy_async_4(target, target_index, source, source_index, inside):
+    """Start a 16-byte copy from global to shared memory; zeros if not `inside`."""
+    for i in range(4):
+        target[target_index + i] = source[source_index + i] if inside else 0
+
+
+@_copy_async(1)
+def copy_async_1(target, target_index, source, source_index, inside):
+    """Start a 4-byte copy from global to shared memory; zero if not `inside`."""
+    target[target_index] = source[source_index] if inside else 0
+
+
+@instruction("cp.async.wait_all;", "~{memory}", types.void(), side_effect=True)
+def wait_for_copies():
+    """Wait until the copies this thread has started are done."""

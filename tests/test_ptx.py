@@ -1,0 +1,600 @@
+"""device/ptx.py: each instruction does what its Python meaning says, and is the one it claims.
+
+The kernels here use one instruction each. They run in the simulator, and on a GPU where there is
+one, against definitions that share nothing with the module: matrix fragments, for one, are laid
+out as in the tables of NVIDIA's "PTX ISA". The same kernels are compiled to see the instruction.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numba import cuda, float32, int32, uint32, uint64
+
+import numba_fused
+from numba_fused.device import ptx
+from numba_fused.ladder.rung import gpu_launcher
+from numba_fused.simulator import Simulator
+
+WARP = 32
+VALUES = 4 * WARP
+ARCHITECTURES = {"sm_80": (8, 0), "sm_90a": (9, 0, "a")}
+SPACES = ("global", "shared")
+
+Launch = Callable[..., None]
+
+
+@pytest.fixture(params=["simulator", pytest.param("gpu", marks=pytest.mark.gpu)])
+def launch(request: pytest.FixtureRequest) -> Launch:
+    """Runs a kernel in one block, by default of one warp, on NumPy arrays, changed in place."""
+
+    def simulated(kernel: Any, *arrays: np.ndarray, threads: int = WARP) -> None:
+        Simulator().launch(kernel, 1, threads, *arrays)
+
+    def on_gpu(kernel: Any, *arrays: np.ndarray, threads: int = WARP) -> None:
+        tensors = [torch.from_numpy(array).cuda() for array in arrays]
+        gpu_launcher(tensors[0].device)(kernel, 1, threads, *tensors)
+        for array, tensor in zip(arrays, tensors, strict=True):
+            array[...] = tensor.cpu().numpy()
+
+    return on_gpu if request.param == "gpu" else simulated
+
+
+def padded(values: Any, dtype: type) -> np.ndarray:
+    """One value a lane; the last is repeated."""
+    values = np.asarray(values, dtype)
+    assert values.size <= WARP
+    return np.pad(values, (0, WARP - values.size), mode="edge")
+
+
+def bits(values: np.ndarray) -> list[int]:
+    return values.view(np.uint32).tolist()
+
+
+# ---- scalars ------------------------------------------------------------------------------------
+
+
+@cuda.jit
+def minimum_kernel(a, b, out):
+    i = cuda.threadIdx.x
+    out[i] = ptx.minimum_nan(a[i], b[i])
+
+
+@cuda.jit
+def maximum_kernel(a, b, out):
+    i = cuda.threadIdx.x
+    out[i] = ptx.maximum_nan(a[i], b[i])
+
+
+@cuda.jit
+def float_bits_kernel(values, out):
+    i = cuda.threadIdx.x
+    out[i] = ptx.float_bits(values[i])
+
+
+@cuda.jit
+def bits_float_kernel(words, out):
+    i = cuda.threadIdx.x
+    out[i] = ptx.bits_float(words[i])
+
+
+@cuda.jit
+def to_tf32_kernel(values, out):
+    i = cuda.threadIdx.x
+    out[i] = ptx.to_tf32(values[i])
+
+
+@cuda.jit
+def pack_kernel(low, high, out):
+    i = cuda.threadIdx.x
+    out[i] = ptx.pack_halves(low[i], high[i])
+
+
+@cuda.jit
+def split_kernel(low, high, out, rest):
+    i = cuda.threadIdx.x
+    out[i], rest[i] = ptx.split_halves(low[i], high[i])
+
+
+@cuda.jit
+def thread_index_kernel(out, again):
+    i = cuda.threadIdx.x
+    out[i] = ptx.thread_index()
+    again[i] = ptx.thread_index()
+
+
+@cuda.jit
+def lane_index_kernel(out, again):
+    i = cuda.threadIdx.x
+    out[i] = ptx.lane_index()
+    again[i] = ptx.lane_index()
+
+
+@cuda.jit
+def anew_kernel(values, out, again):
+    i = cuda.threadIdx.x
+    value = values[i]
+    out[i] = ptx.anew(value)
+    again[i] = ptx.anew(value)
+
+
+EXTREMES = [-np.inf, -1.5, 2.0, np.inf, np.nan]
+
+
+@pytest.mark.parametrize(("kernel", "first"), [(minimum_kernel, 0), (maximum_kernel, -1)])
+def test_minimum_and_maximum_propagate_nan(launch: Launch, kernel: Any, first: int) -> None:
+    pairs = [(a, b) for a in EXTREMES for b in EXTREMES]
+    a, b = (padded(side, np.float32) for side in zip(*pairs, strict=True))
+    out = np.zeros(WARP, np.float32)
+    launch(kernel, a, b, out)
+    for (left, right), found in zip(pairs, out.tolist(), strict=False):
+        if np.isnan(left) or np.isnan(right):
+            assert np.isnan(found)
+        else:
+            assert found == sorted([left, right])[first]
+
+
+PATTERNS = {
+    0x00000000: 0.0,
+    0x80000000: -0.0,
+    0x3F800000: 1.0,
+    0xC0490FDB: -3.1415927410125732,
+    0x00000001: 2.0**-149,
+    0x7F7FFFFF: (2 - 2.0**-23) * 2.0**127,
+    0x7F800000: np.inf,
+    0xFF800000: -np.inf,
+}
+
+
+def test_floats_and_their_bits_are_exchanged_unchanged(launch: Launch) -> None:
+    words = padded(list(PATTERNS), np.uint32)
+    values = padded(list(PATTERNS.values()), np.float32)
+    words_out, values_out = np.ones(WARP, np.uint32), np.ones(WARP, np.float32)
+    launch(float_bits_kernel, values, words_out)
+    launch(bits_float_kernel, words, values_out)
+    assert words_out.tolist() == words.tolist()
+    assert bits(values_out) == bits(values)
+
+
+def test_the_bits_of_a_nan_survive_too(launch: Launch) -> None:
+    words = padded([0x7FC12345, 0xFFC00001], np.uint32)
+    values, back = np.zeros(WARP, np.float32), np.zeros(WARP, np.uint32)
+    launch(bits_float_kernel, words, values)
+    assert np.isnan(values).all()
+    launch(float_bits_kernel, values, back)
+    assert back.tolist() == words.tolist()
+
+
+def rounded_to_tf32(value: float) -> float:
+    """To the nearest multiple of the value's 2**-10, ties away from zero; exact in a double."""
+    exponent = max(np.frexp(value)[1] - 1, -126)
+    spacing = 2.0 ** (exponent - 10)
+    return float(np.copysign(np.floor(abs(value) / spacing + 0.5) * spacing, value))
+
+
+def test_tf32_rounds_to_the_nearest_and_ties_away_from_zero(launch: Launch) -> None:
+    tie, below_tie = 1 + 2.0**-11, 1 + 2.0**-11 - 2.0**-23
+    special = [tie, -tie, below_tie, -below_tie, 1 + 3 * 2.0**-11, 0.0, 2.0**-149, 2.0**-137]
+    carries = [2 - 2.0**-23, -(2 - 2.0**-11), 2.0**-126 * (2 - 2.0**-23), 2.0**-126 - 2.0**-149]
+    random = np.random.default_rng(0).normal(size=20) * 2.0 ** np.arange(-60, 60, 6)
+    values = padded([*special, *carries, *random], np.float32)
+    out = np.zeros(WARP, np.uint32)
+    launch(to_tf32_kernel, values, out)
+    found = out.view(np.float32).tolist()
+    assert found == [rounded_to_tf32(value) for value in values.tolist()]
+    assert found[:2] == [1 + 2.0**-10, -1 - 2.0**-10]
+    assert found[8:10] == [2, -2]
+    assert not (out & 0x1FFF).any()
+
+
+def test_tf32_keeps_infinities_and_nan_and_overflows_to_infinity(launch: Launch) -> None:
+    largest = np.finfo(np.float32).max
+    values = padded([np.inf, -np.inf, largest, -largest, np.nan, np.nan], np.float32)
+    values[-1:].view(np.uint32)[:] = 0x7FFFFFFF  # the GPU's own NaN: rounding up would give -0
+    out = np.zeros(WARP, np.uint32)
+    launch(to_tf32_kernel, values, out)
+    found = out.view(np.float32)
+    assert found[:4].tolist() == [np.inf, -np.inf, np.inf, -np.inf]
+    assert np.isnan(found[4:]).all()
+
+
+def half_word(low: float, high: float) -> int:
+    """Two halves in a word, rounded to nearest even by Python's own packer."""
+    return struct.unpack("<I", struct.pack("<ee", low, high))[0]
+
+
+def halves_of(words: np.ndarray) -> np.ndarray:
+    """(WARP, 2) floats: low, then high."""
+    unpacked = [struct.unpack("<ee", struct.pack("<I", word)) for word in words.tolist()]
+    return np.array(unpacked, np.float64)
+
+
+def scaled_values(seed: int) -> np.ndarray:
+    """Of every magnitude that halves can hold, up to the largest."""
+    generator = np.random.default_rng(seed)
+    values = generator.uniform(1, 2, WARP) * 2.0 ** np.arange(-16, 16)
+    return (values * generator.choice([-1, 1], WARP)).clip(-65504, 65504).astype(np.float32)
+
+
+def test_two_floats_are_packed_as_halves_low_first(launch: Launch) -> None:
+    low, high = scaled_values(0), scaled_values(1)[::-1].copy()
+    low[:4] = 1 + 2.0**-11, 1 + 3 * 2.0**-11, -0.0, np.inf  # two ties, to even
+    out = np.zeros(WARP, np.uint32)
+    launch(pack_kernel, low, high, out)
+    assert out.tolist() == [half_word(*pair) for pair in zip(low, high, strict=True)]
+
+
+def test_two_halves_keep_22_bits_of_a_float(launch: Launch) -> None:
+    low, high = scaled_values(2), scaled_values(3)[::-1].copy()
+    out, rest = np.zeros((2, WARP), np.uint32)
+    launch(split_kernel, low, high, out, rest)
+    assert out.tolist() == [half_word(*pair) for pair in zip(low, high, strict=True)]
+    exact = np.stack([low, high], axis=1).astype(np.float64)
+    error = abs(halves_of(out) + halves_of(rest) - exact)
+    smallest_half = 2.0**-24
+    assert (error <= np.maximum(2.0**-22 * abs(exact), smallest_half / 2)).all()
+    assert (abs(halves_of(out) - exact) > 2.0**-20 * abs(exact)).any()  # one half would not do
+
+
+def test_split_infinities_and_nan_stay_out_of_range(launch: Launch) -> None:
+    low, high = padded([np.inf, -np.inf, 1e6, np.nan], np.float32), padded([1.0], np.float32)
+    out, rest = np.zeros((2, WARP), np.uint32)
+    launch(split_kernel, low, high, out, rest)
+    first, left_over = halves_of(out), halves_of(rest)
+    assert first[:3, 0].tolist() == [np.inf, -np.inf, np.inf]
+    assert np.isnan(first[3:, 0]).all()
+    with np.errstate(invalid="ignore"):  # Inf and what it leaves over, -Inf or NaN
+        assert not np.isfinite(first + left_over)[:, 0].any()
+    assert (first[:, 1] == 1).all()
+    assert not left_over[:, 1].any()
+
+
+@pytest.mark.parametrize("threads", [WARP, 3 * WARP])
+def test_a_thread_is_counted_in_its_block_and_a_lane_in_its_warp(
+    launch: Launch, threads: int
+) -> None:
+    thread, lane, again = np.full((3, threads), 999, np.uint32)
+    launch(thread_index_kernel, thread, again, threads=threads)
+    launch(lane_index_kernel, lane, again, threads=threads)
+    assert thread.tolist() == list(range(threads))
+    assert lane.tolist() == list(range(WARP)) * (threads // WARP)
+
+
+def test_a_value_is_itself_anew(launch: Launch) -> None:
+    values = (np.arange(WARP) * 3 - 7).astype(np.int32)
+    out, again = np.zeros((2, WARP), np.int32)
+    launch(anew_kernel, values, out, again)
+    assert out.tolist() == again.tolist() == values.tolist()
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+
+@cuda.jit
+def reverse_quads_kernel(source, staged_out, target):
+    """Reverse quads on the way to shared memory, which is copied out, and the rest from there."""
+    staged = cuda.shared.array(VALUES, source.dtype)
+    here, there = uint64(4 * cuda.threadIdx.x), uint64(4 * (31 - cuda.threadIdx.x))
+    a, b, c, d = ptx.load_4(source, here)
+    ptx.store_4(staged, here, d, c, b, a)
+    cuda.syncthreads()
+    a, b, c, d = ptx.load_4(staged, there)
+    ptx.store_4(target, here, a, b, c, d)
+    for i in range(4):
+        staged_out[here + uint64(i)] = staged[here + uint64(i)]
+
+
+@cuda.jit
+def reverse_pairs_kernel(source, staged_out, target):
+    """The same of 64 values, in pairs."""
+    staged = cuda.shared.array(VALUES, source.dtype)
+    here, there = uint64(2 * cuda.threadIdx.x), uint64(2 * (31 - cuda.threadIdx.x))
+    a, b = ptx.load_2(source, here)
+    ptx.store_2(staged, here, b, a)
+    cuda.syncthreads()
+    a, b = ptx.load_2(staged, there)
+    ptx.store_2(target, here, a, b)
+    for i in range(2):
+        staged_out[here + uint64(i)] = staged[here + uint64(i)]
+
+
+@cuda.jit
+def load_fresh_kernel(source, target):
+    i = cuda.threadIdx.x
+    target[i] = ptx.load_fresh(source, uint64(31 - i))
+
+
+@cuda.jit
+def load_acquire_kernel(source, target):
+    i = cuda.threadIdx.x
+    target[i] = ptx.load_acquire(source, uint64(31 - i))
+
+
+@cuda.jit
+def copy_quads_kernel(source, inside, out):
+    """Lane i copies quad 31 - i of `source` to quad i of `out`, by way of shared memory."""
+    staged = cuda.shared.array(VALUES, float32)
+    i = cuda.threadIdx.x
+    ptx.copy_async_4(staged, uint64(4 * i), source, uint64(4 * (31 - i)), inside[i] != 0)
+    ptx.wait_for_copies()
+    for j in range(4):
+        out[4 * i + j] = staged[4 * i + j]
+
+
+@cuda.jit
+def copy_values_kernel(source, inside, out):
+    """The same of the first 32 values, one by one."""
+    staged = cuda.shared.array(VALUES, float32)
+    i = cuda.threadIdx.x
+    ptx.copy_async_1(staged, uint64(i), source, uint64(31 - i), inside[i] != 0)
+    ptx.wait_for_copies()
+    out[i] = staged[i]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint32])
+@pytest.mark.parametrize(
+    ("kernel", "width"), [(reverse_quads_kernel, 4), (reverse_pairs_kernel, 2)]
+)
+def test_vectors_are_loaded_and_stored_in_order(
+    launch: Launch, kernel: Any, width: int, dtype: type
+) -> None:
+    """In global and in shared memory, as many values as lanes take and no more."""
+    source = np.arange(1, VALUES + 1).astype(dtype)
+    staged, target = np.zeros((2, VALUES), dtype)
+    launch(kernel, source, staged, target)
+    used = source[: width * WARP]
+    rest = [0] * (VALUES - used.size)
+    assert staged.tolist() == [*used.reshape(WARP, width)[:, ::-1].reshape(-1), *rest]
+    assert target.tolist() == [*used[::-1], *rest]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint32, np.int32])
+def test_fresh_loads_read_one_value(launch: Launch, dtype: type) -> None:
+    source, target = (np.arange(WARP) * 3 - 7).astype(dtype), np.zeros(WARP, dtype)
+    launch(load_fresh_kernel, source, target)
+    assert target.tolist() == source[::-1].tolist()
+
+
+def test_acquiring_loads_read_a_counter_and_leave_it(launch: Launch) -> None:
+    source, target = (np.arange(WARP) * 3 - 7).astype(np.int32), np.zeros(WARP, np.int32)
+    before = source.copy()
+    launch(load_acquire_kernel, source, target)
+    assert target.tolist() == before[::-1].tolist()
+    assert source.tolist() == before.tolist()
+
+
+@pytest.mark.parametrize(("kernel", "width"), [(copy_quads_kernel, 4), (copy_values_kernel, 1)])
+def test_asynchronous_copies_bring_zeros_from_outside(
+    launch: Launch, kernel: Any, width: int
+) -> None:
+    source = np.arange(1, VALUES + 1).astype(np.float32)
+    inside = (np.arange(WARP) % 3 != 1).astype(np.int32)
+    out = np.full(VALUES, np.nan, np.float32)
+    launch(kernel, source, inside, out)
+    size = width * WARP
+    expected = source[:size].reshape(WARP, width)[::-1] * inside[:, None]
+    assert out[:size].tolist() == expected.reshape(-1).tolist()
+    assert np.isnan(out[size:]).all()
+
+
+# ---- warps --------------------------------------------------------------------------------------
+
+
+@cuda.jit
+def warp_max_kernel(words, out):
+    i = cuda.threadIdx.x
+    out[i] = ptx.warp_max(words[i])
+
+
+@cuda.jit
+def mma_half_kernel(words, c, out):
+    """words (32, 6): a0 to a3, b0, b1 of each lane; c, out (32, 4)."""
+    i = cuda.threadIdx.x
+    out[i, 0], out[i, 1], out[i, 2], out[i, 3] = ptx.mma_half(
+        words[i, 0], words[i, 1], words[i, 2], words[i, 3], words[i, 4], words[i, 5],
+        c[i, 0], c[i, 1], c[i, 2], c[i, 3],
+    )  # fmt: skip
+
+
+@cuda.jit
+def mma_tf32_kernel(words, c, out):
+    """As `mma_half_kernel`."""
+    i = cuda.threadIdx.x
+    out[i, 0], out[i, 1], out[i, 2], out[i, 3] = ptx.mma_tf32(
+        words[i, 0], words[i, 1], words[i, 2], words[i, 3], words[i, 4], words[i, 5],
+        c[i, 0], c[i, 1], c[i, 2], c[i, 3],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("lane", [0, 13, 31])
+def test_the_largest_word_of_a_warp_reaches_every_lane(launch: Launch, lane: int) -> None:
+    words = np.random.default_rng(0).integers(0, 2**31, WARP).astype(np.uint32)
+    words[lane] = 2**31 + 5  # as a signed word it would be the smallest
+    out = np.zeros(WARP, np.uint32)
+    launch(warp_max_kernel, words, out)
+    assert out.tolist() == [2**31 + 5] * WARP
+
+
+# Row and column of each lane's values, copied from the figures of "PTX ISA", sections "Matrix
+# Fragments for mma.m16n8k16 with floating point type" and "... for mma.m16n8k8": a warp's lanes
+# as (groupID, threadID_in_group), and the values a0, a1 ... of a lane in order.
+
+
+Places = list[tuple[int, int]]
+
+
+def fragment_of_c(group: int, thread: int) -> Places:
+    return [(group if i < 2 else group + 8, 2 * thread + (i & 1)) for i in range(4)]
+
+
+def half_fragments(group: int, thread: int) -> tuple[Places, Places]:
+    """Of A, 16x16, eight halves; of B, 16x8, four."""
+    a_rows = [group if i < 2 or 4 <= i < 6 else group + 8 for i in range(8)]
+    a_columns = [2 * thread + (i & 1) + (8 if i >= 4 else 0) for i in range(8)]
+    b_rows = [2 * thread + (i & 1) + (8 if i >= 2 else 0) for i in range(4)]
+    return list(zip(a_rows, a_columns, strict=True)), [(row, group) for row in b_rows]
+
+
+def tf32_fragments(group: int, thread: int) -> tuple[Places, Places]:
+    """Of A, 16x8, four values; of B, 8x8, two."""
+    a_rows = [group, group + 8, group, group + 8]
+    a_columns = [thread, thread, thread + 4, thread + 4]
+    b_rows = [thread, thread + 4]
+    return list(zip(a_rows, a_columns, strict=True)), [(row, group) for row in b_rows]
+
+
+def half_values(shape: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
+    return generator.normal(size=shape).astype(np.float16)
+
+
+def tf32_values(shape: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
+    words = generator.normal(size=shape).astype(np.float32).view(np.uint32)
+    return (words & 0xFFFFE000).view(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "inner", "values", "fragments"),
+    [
+        (mma_half_kernel, 16, half_values, half_fragments),
+        (mma_tf32_kernel, 8, tf32_values, tf32_fragments),
+    ],
+    ids=["half", "tf32"],
+)
+def test_matrix_instructions_multiply_the_documented_fragments(
+    launch: Launch, kernel: Any, inner: int, values: Any, fragments: Any
+) -> None:
+    """Random A, B and C have no symmetry: a value in a wrong place is a wrong product."""
+    generator = np.random.default_rng(inner)
+    A, B = values((16, inner), generator), values((inner, 8), generator)
+    C = generator.normal(size=(16, 8)).astype(np.float32)
+    words = np.zeros((WARP, 6), np.uint32)
+    c, out = np.zeros((2, WARP, 4), np.float32)
+    places = [fragment_of_c(lane // 4, lane % 4) for lane in range(WARP)]
+    for lane in range(WARP):
+        of_a, of_b = fragments(lane // 4, lane % 4)
+        held = np.array([*(A[place] for place in of_a), *(B[place] for place in of_b)])
+        words[lane] = held.view(np.uint32)
+        c[lane] = [C[place] for place in places[lane]]
+    launch(kernel, words, c, out)
+    found = np.full((16, 8), np.nan)
+    for lane in range(WARP):
+        for place, value in zip(places[lane], out[lane], strict=True):
+            found[place] = value
+    expected = C.astype(np.float64) + A.astype(np.float64) @ B.astype(np.float64)
+    assert np.allclose(found, expected, rtol=0, atol=2.0**-18)
+
+
+# ---- what they compile to -----------------------------------------------------------------------
+
+F32, U32, I32 = (t[::1] for t in (float32, uint32, int32))
+MMA_TYPES = (uint32[:, ::1], float32[:, ::1], float32[:, ::1])
+VECTORS = {4: reverse_quads_kernel, 2: reverse_pairs_kernel}
+
+# (intrinsic, kernel, types of the kernel's arguments, what its PTX contains)
+INSTRUCTIONS: list[tuple[Any, Any, tuple[Any, ...], list[str]]] = [
+    (ptx.minimum_nan, minimum_kernel, (F32, F32, F32), ["min.NaN.f32"]),
+    (ptx.maximum_nan, maximum_kernel, (F32, F32, F32), ["max.NaN.f32"]),
+    (ptx.float_bits, float_bits_kernel, (F32, U32), ["mov.b32"]),
+    (ptx.bits_float, bits_float_kernel, (U32, F32), ["mov.b32"]),
+    (ptx.to_tf32, to_tf32_kernel, (F32, U32), ["cvt.rna.tf32.f32"]),
+    (ptx.pack_halves, pack_kernel, (F32, F32, U32), ["cvt.rn.f16x2.f32"]),
+    (ptx.split_halves, split_kernel, (F32, F32, U32, U32), ["cvt.rn.f16x2.f32", "cvt.f32.f16"]),
+    (ptx.thread_index, thread_index_kernel, (U32, U32), ["mov.u32 %r1, %tid.x"]),
+    (ptx.anew, anew_kernel, (I32, I32, I32), ["mov.b32"]),
+    (ptx.lane_index, lane_index_kernel, (U32, U32), ["mov.u32 %r1, %laneid"]),
+    *(
+        (intrinsic, kernel, (element,) * 3, [f"{name}.{space}.v{lanes}." for space in SPACES])
+        for lanes, kernel in VECTORS.items()
+        for name, intrinsic in [
+            ("ld", getattr(ptx, f"load_{lanes}")),
+            ("st", getattr(ptx, f"store_{lanes}")),
+        ]
+        for element in (F32, U32)
+    ),
+    (ptx.load_fresh, load_fresh_kernel, (F32, F32), ["ld.relaxed.gpu.global.f32"]),
+    (ptx.load_fresh, load_fresh_kernel, (I32, I32), ["ld.relaxed.gpu.global.u32"]),
+    (ptx.load_acquire, load_acquire_kernel, (I32, I32), ["ld.acquire.gpu.global.u32"]),
+    (ptx.warp_max, warp_max_kernel, (U32, U32), ["redux.sync.max.u32"]),
+    (ptx.mma_half, mma_half_kernel, MMA_TYPES, ["mma.sync.aligned.m16n8k16"]),
+    (ptx.mma_tf32, mma_tf32_kernel, MMA_TYPES, ["mma.sync.aligned.m16n8k8"]),
+    (ptx.copy_async_4, copy_quads_kernel, (F32, I32, F32), ["cp.async.cg.shared.global"]),
+    (ptx.copy_async_1, copy_values_kernel, (F32, I32, F32), ["cp.async.ca.shared.global"]),
+    (ptx.wait_for_copies, copy_values_kernel, (F32, I32, F32), ["cp.async.wait_all"]),
+]
+
+
+def compiled(kernel: Any, types: tuple[Any, ...], architecture: str) -> str:
+    """PTX of a kernel, as numba compiles it for a launch."""
+    source, _ = cuda.compile_ptx(
+        kernel.py_func,
+        types,
+        cc=ARCHITECTURES[architecture],
+        launch_bounds=kernel.targetoptions.get("launch_bounds"),
+    )
+    return source
+
+
+def assembled(source: str, architecture: str, cubin: Path) -> str:
+    """Write the machine code of `source` to `cubin`; what ptxas says about registers and stack."""
+    file = cubin.with_suffix(".ptx")
+    file.write_text(source)
+    command = [tool("ptxas"), "-v", f"-arch={architecture}", file, "-o", cubin]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def tool(name: str) -> Path:
+    """A program of the CUDA toolkit, from NVIDIA's Python packages."""
+    nvidia = pytest.importorskip("nvidia", reason=f"pip install nvidia-cuda-nvcc brings {name}")
+    found = [path for root in nvidia.__path__ for path in Path(root).rglob(f"bin/{name}")]
+    assert found, f"no {name} in the nvidia-cuda packages"
+    return found[0]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("kernel", "types", "parts"),
+    [row[1:] for row in INSTRUCTIONS],
+    ids=[f"{row[0].__name__}-{row[2][0].dtype}" for row in INSTRUCTIONS],
+)
+def test_the_compiler_emits_the_instruction_and_the_assembler_takes_it(
+    kernel: Any, types: tuple[Any, ...], parts: list[str], architecture: str, tmp_path: Path
+) -> None:
+    source = compiled(kernel, types, architecture)
+    assert [part for part in parts if part not in source] == []
+    assembled(source, architecture, tmp_path / "kernel.cubin")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "types", "move"),
+    [
+        (thread_index_kernel, (U32, U32), r"mov\.u32 %r\d+, %tid\.x;"),
+        (lane_index_kernel, (U32, U32), r"mov\.u32 %r\d+, %laneid;"),
+        (anew_kernel, (I32, I32, I32), r"mov\.b32 %r\d+, %r\d+;"),
+    ],
+)
+def test_what_is_read_anew_is_read_at_each_use(
+    kernel: Any, types: tuple[Any, ...], move: str
+) -> None:
+    assert len(re.findall(move, compiled(kernel, types, "sm_90a"))) == 2
+
+
+def test_every_intrinsic_is_compiled_above() -> None:
+    found = {name for name, value in vars(ptx).items() if hasattr(value, "simulated_as")}
+    assert found == {row[0].__name__ for row in INSTRUCTIONS}
+
+
+def test_no_other_module_knows_ptx() -> None:
+    package = Path(numba_fused.__path__[0])
+    words = re.compile(r"InlineAsm|numba\.cuda\.extending")
+    found = [file for file in package.rglob("*.py") if words.search(file.read_text())]
+    assert found == [package / "device" / "ptx.py"]
