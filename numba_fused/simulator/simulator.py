@@ -60,7 +60,15 @@ class Simulator:
             self._intrinsic_called if count else None,
         )
 
-    def launch(self, kernel: Any, grid: Any, block: Any, *args: Any, shared_bytes: int = 0) -> None:
+    def launch(
+        self,
+        kernel: Any,
+        grid: Any,
+        block: Any,
+        *args: Any,
+        shared_bytes: int = 0,
+        cooperative: bool = False,
+    ) -> None:
         """Run ``kernel[grid, block](*args)`` to its end.
 
         Parameters
@@ -73,6 +81,8 @@ class Simulator:
             NumPy arrays and CPU tensors (both modified in place, any strides), numbers, tuples.
         shared_bytes : int
             Size of the dynamic shared memory.
+        cooperative : bool
+            Whether a GPU must hold all blocks at once, which the simulator does anyway.
 
         Raises
         ------

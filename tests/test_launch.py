@@ -1,0 +1,795 @@
+"""device/launch.py and device/cubins.py: compile once, keep it on disk, launch in microseconds.
+
+Without a GPU a stub stands in for the driver. It reads the parameters of each launch as the
+driver would, through the table of addresses it is handed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import math
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+import torch
+from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue]
+from definition import BOUNDS, random_operands
+from numba import cuda, float32, int32
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import numba_fused as nf
+from numba_fused import fused_conv_group_norm_min_clamp_dropout as fused
+from numba_fused import ladder, ops
+from numba_fused.device import cubins, launch
+from numba_fused.device.cubins import Cubin, fingerprint
+from numba_fused.device.launch import GpuLauncher, Parameters, flatten
+from numba_fused.ladder.rung import gpu_launcher
+
+THREADS = 8
+VECTOR_SIGNATURE = (numba.float32[::1],)
+
+
+# ---- kernels ------------------------------------------------------------------------------------
+
+
+@cuda.jit
+def add_kernel(x, out, term):
+    i = cuda.grid(1)
+    if i < out.size:
+        out[i] = x[i] + term
+
+
+@cuda.jit
+def fill_kernel(out, shape, value):
+    """out (rows, columns), shape (rows, columns) as a tuple."""
+    i = cuda.grid(1)
+    if i < shape[0] * shape[1]:
+        out[i // shape[1], i % shape[1]] = value[0]
+
+
+@cuda.jit
+def no_arguments_kernel():
+    pass
+
+
+@cuda.jit
+def reverse_kernel(x):
+    """Reverse x, one block, through dynamic shared memory of x's size."""
+    copy = cuda.shared.array(0, float32)
+    for i in range(cuda.threadIdx.x, x.size, cuda.blockDim.x):
+        copy[i] = x[i]
+    cuda.syncthreads()
+    for i in range(cuda.threadIdx.x, x.size, cuda.blockDim.x):
+        x[i] = copy[x.size - 1 - i]
+
+
+@cuda.jit
+def exchange_kernel(x, out):
+    """Every block reads what another wrote before the grid's barrier."""
+    grid = cuda.cg.this_grid()
+    if cuda.threadIdx.x == 0:
+        x[cuda.blockIdx.x] = cuda.blockIdx.x
+    grid.sync()
+    if cuda.threadIdx.x == 0:
+        out[cuda.blockIdx.x] = x[cuda.gridDim.x - 1 - cuda.blockIdx.x]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    rows: int
+    columns: int = 4
+
+
+def make_kernel(constant: Any, **options: Any) -> Any:
+    """A kernel specialised on `constant`, once in its own closure and once in a callee's."""
+
+    @cuda.jit(device=True)
+    def callee(x):
+        return x if constant is None else -x
+
+    @cuda.jit(**options)
+    def specialised_kernel(x):
+        x[0] = callee(x[0])
+
+    return specialised_kernel
+
+
+# ---- parameters ---------------------------------------------------------------------------------
+
+SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
+ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "none": (),
+    "vectors": (torch.zeros(6), torch.zeros(3, dtype=torch.uint8), torch.zeros(0)),
+    "matrices": (torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, 1, 3, dtype=torch.int64)),
+    "after a matrix": (torch.zeros(2, 3), torch.zeros(5), torch.zeros(2, 2), 7),
+    "no axes": (torch.zeros(()),),
+    "numbers": (7, 2.5, True, np.int32(-5), np.uint64(2**64 - 1), np.float32(0.5), np.bool_(True)),
+    "tuples": ((np.int32(1), np.int32(2)), ((1, 2.0), (np.float32(3), (True,)))),
+    "all": (torch.zeros(6), (np.int32(1), 2), np.float32(3), torch.zeros(1, 2), 4, torch.zeros(1)),
+}
+
+
+def passed(parameters: Parameters, words: list[Any], sizes: list[int]) -> list[bytes]:
+    """The bytes of each parameter as the driver finds them."""
+    buffer = parameters.buffer()
+    parameters.pack(buffer, words)
+    table = ctypes.cast(buffer.table_address, ctypes.POINTER(ctypes.c_void_p))
+    return [ctypes.string_at(table[i], size) for i, size in enumerate(sizes)]
+
+
+def ptx_parameter_sizes(types: tuple[Any, ...]) -> list[int]:
+    """Sizes of the parameters of a kernel that numba compiles for these types."""
+    names = ", ".join(f"a{i}" for i in range(len(types)))
+    scope: dict[str, Any] = {}
+    exec(f"def kernel({names}): pass", scope)
+    ptx, _ = cuda.compile_ptx(scope["kernel"], types, cc=(9, 0))
+    _, _, entry = ptx.partition(".entry")
+    declared = re.findall(r"\.param \.[a-z](\d+)", entry.partition("{")[0])
+    return [SIZES[bits] for bits in declared]
+
+
+def as_numba_flattens(value: Any) -> Iterator[bytes]:
+    """The parameters of an argument, by numba's `_Kernel._prepare_args`."""
+    if isinstance(value, Tensor):
+        itemsize = value.element_size()
+        strides = (stride * itemsize for stride in value.stride())
+        words = (0, 0, value.numel(), itemsize, value.data_ptr(), *value.shape, *strides)
+        yield from (word.to_bytes(8, "little") for word in words)
+    elif isinstance(value, tuple):
+        for entry in value:
+            yield from as_numba_flattens(entry)
+    else:
+        yield np.asarray(value).tobytes()
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_parameters_are_what_numba_compiles_kernels_for(case: str) -> None:
+    """In number, in size, and in value, whatever the buffer held before."""
+    args = ARGUMENTS[case]
+    kinds, words = flatten(args)
+    parameters = Parameters(kinds)
+    by_numba = tuple(numba.typeof(a.numpy() if isinstance(a, Tensor) else a) for a in args)
+    assert parameters.signature == by_numba
+    sizes = ptx_parameter_sizes(by_numba)
+    assert len(parameters.offsets) == len(sizes)
+    assert passed(parameters, words, sizes) == [b for a in args for b in as_numba_flattens(a)]
+
+
+def test_tuples_are_told_apart_however_many_there_are() -> None:
+    for i in range(3 * launch.MOST_PACKED_TUPLES):
+        kinds, words = flatten([(np.int32(i), float(i))])
+        assert kinds == ["(id)"]
+        assert passed(Parameters(kinds), words, [4, 8]) == [
+            np.int32(i).tobytes(),
+            np.float64(i).tobytes(),
+        ]
+    assert len(launch._packed_tuples) <= launch.MOST_PACKED_TUPLES
+
+
+@pytest.mark.parametrize(
+    ("argument", "exception", "message"),
+    [
+        (torch.zeros(4, 3).T, ValueError, r"shape \(3, 4\) and strides \(1, 3\).*\.contiguous\(\)"),
+        ("text", TypeError, "'text' of type str"),
+        (None, TypeError, "None of type NoneType"),
+        ([1, 2], TypeError, r"\[1, 2\] of type list"),
+        ((1, torch.zeros(2)), TypeError, "tuple given to a kernel holds numbers, .*Tensor"),
+    ],
+    ids=str,
+)
+def test_other_arguments_are_refused(argument: Any, exception: Any, message: str) -> None:
+    with pytest.raises(exception, match=message):
+        flatten([argument])
+
+
+# ---- fingerprints -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def some_toolchain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The versions of a machine with a driver."""
+    monkeypatch.setattr(cubins, "toolchain", lambda: "toolchain 1")
+
+
+def name_of(kernel: Any, signature: Any = VECTOR_SIGNATURE, capability: Any = (9, 0)) -> str:
+    return fingerprint(kernel, signature, capability)
+
+
+CONSTANTS: list[Any] = [
+    None, 1, 2, 1.0, True, 0.0, -0.0, math.nan, "1", b"1", (1, 2), (1, (2,)), (1.0, 2),
+    np.int32(1), np.int64(1), np.float32(1), np.array([1, 2]), np.array([1, 3]), float32, int32,
+    Tile(2), Tile(3), Tile(2, 5), math, np.float32, make_kernel(1), make_kernel(2), make_kernel,
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("some_toolchain")
+def test_equal_kernels_have_equal_fingerprints_and_others_do_not() -> None:
+    """The constants differ, each from all others, in value or in type."""
+    names = [name_of(make_kernel(constant)) for constant in CONSTANTS]
+    assert len(set(names)) == len(CONSTANTS)
+    assert names == [name_of(make_kernel(constant)) for constant in CONSTANTS]
+
+
+@pytest.mark.usefixtures("some_toolchain")
+def test_everything_else_the_code_depends_on_changes_the_fingerprint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = [
+        name_of(make_kernel(1)),
+        name_of(make_kernel(1, launch_bounds=128)),
+        name_of(make_kernel(1, launch_bounds=(128, 2))),
+        name_of(make_kernel(1, fastmath=True)),
+        name_of(make_kernel(1, max_registers=64)),
+        name_of(make_kernel(1), (numba.float64[::1],)),
+        name_of(make_kernel(1), capability=(8, 0)),
+        name_of(add_kernel),
+    ]
+    monkeypatch.setattr(cubins, "PACKAGE_SOURCES", "edited")
+    names.append(name_of(make_kernel(1)))
+    monkeypatch.setattr(cubins, "toolchain", lambda: "toolchain 2")
+    names.append(name_of(make_kernel(1)))
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("file", ["device/reductions.py", "ladder/rung_1_unfused.py", "rng.py"])
+def test_an_edit_anywhere_in_the_kernel_code_changes_the_sources_digest(
+    file: str, tmp_path: Path
+) -> None:
+    copies = [tmp_path / name for name in ("before", "same", "edited")]
+    for copy in copies:
+        shutil.copytree(cubins.PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    with open(copies[2] / file, "a") as source:
+        source.write("\n")
+    before, same, edited = map(cubins.sources_digest, copies)
+    assert before == same == cubins.PACKAGE_SOURCES
+    assert edited != before
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("some_toolchain")
+def test_another_process_finds_the_same_fingerprint() -> None:
+    program = (
+        "import test_launch as t; t.cubins.toolchain = lambda: 'toolchain 1';"
+        f"t.cubins.PACKAGE_SOURCES = {cubins.PACKAGE_SOURCES!r};"
+        "print(t.name_of(t.make_kernel((1, 't', t.Tile(3)))))"
+    )
+    command = [sys.executable, "-c", program]
+    found = subprocess.run(
+        command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    ).stdout
+    assert found.strip() == name_of(make_kernel((1, "t", Tile(3))))
+
+
+@pytest.mark.usefixtures("some_toolchain")
+def test_what_only_identity_tells_apart_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"callee closes over 'constant': .*type object.*globals?"):
+        name_of(make_kernel(object()))
+
+
+# ---- the disk cache -----------------------------------------------------------------------------
+
+
+class Compiler:
+    """Stands in for numba: notes what it compiles."""
+
+    def __init__(self) -> None:
+        self.compiled: list[str] = []
+
+    def __call__(self, kernel: Any, signature: Any, device_index: int) -> Cubin:
+        self.compiled.append(kernel.py_func.__name__)
+        code = f"{kernel.py_func.__name__}\n{signature}\n".encode() * 100
+        return Cubin(code, f"_Z{kernel.py_func.__name__}", kernel is exchange_kernel)
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, some_toolchain: None) -> Compiler:
+    """A stub compiler and an empty cache directory."""
+    stub = Compiler()
+    monkeypatch.setattr(cubins, "compiled", stub)
+    monkeypatch.setenv("NUMBA_FUSED_CACHE_DIR", str(tmp_path / "cache"))
+    return stub
+
+
+def get(kernel: Any = add_kernel) -> Cubin:
+    return cubins.cubin(kernel, VECTOR_SIGNATURE, 0, (9, 0))
+
+
+def test_a_kernel_is_compiled_once_and_then_read_from_disk(
+    compiler: Compiler, tmp_path: Path
+) -> None:
+    first = get()
+    assert get() == first
+    assert get(exchange_kernel) == get(exchange_kernel) != first
+    assert compiler.compiled == ["add_kernel", "exchange_kernel"]
+    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == sorted(
+        f"{name_of(kernel)}.cubin" for kernel in (add_kernel, exchange_kernel)
+    )
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[:40],
+        lambda data: data[:-1],
+        lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+        lambda data: bytes([data[0] ^ 1]) + data[1:],
+        lambda data: b"\0" * len(data),
+    ],
+    ids=["empty", "header cut", "end cut", "bit of the code", "bit of the checksum", "zeros"],
+)
+def test_a_damaged_file_is_compiled_again_and_replaced(
+    damage: Callable[[bytes], bytes], compiler: Compiler, tmp_path: Path
+) -> None:
+    whole = get()
+    (file,) = (tmp_path / "cache").iterdir()
+    data = file.read_bytes()
+    file.write_bytes(damage(data))
+    assert get() == whole
+    assert compiler.compiled == ["add_kernel"] * 2
+    assert file.read_bytes() == data
+
+
+def test_writers_that_race_leave_a_whole_file(compiler: Compiler, tmp_path: Path) -> None:
+    """Every reader sees none or all of it, and no temporary file stays behind."""
+    made = Cubin(b"code" * 100_000, "entry", False)
+    path = tmp_path / "cache" / "raced.cubin"
+    stop = time.monotonic() + 0.5
+
+    def write() -> None:
+        while time.monotonic() < stop:
+            cubins.write(path, made)
+
+    with ThreadPoolExecutor(4) as pool:
+        writers = [pool.submit(write) for _ in range(3)]
+        while cubins.read(path) is None:
+            pass
+        while time.monotonic() < stop:
+            assert cubins.read(path) == made
+        for writer in writers:
+            writer.result()
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_empty_directory_name_turns_the_cache_off(
+    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUMBA_FUSED_CACHE_DIR", "")
+    monkeypatch.chdir(tmp_path)
+    assert get() == get()
+    assert compiler.compiled == ["add_kernel"] * 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_cannot_be_written_is_no_error(
+    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NUMBA_FUSED_CACHE_DIR", str(tmp_path / "file"))
+    assert get() == get()
+    assert compiler.compiled == ["add_kernel"] * 2
+
+
+def test_the_directory_is_in_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NUMBA_FUSED_CACHE_DIR", raising=False)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert cubins.cache_directory() == Path("/home/somebody/.cache/numba_fused")
+
+
+def test_kernels_without_a_source_file_are_not_kept(compiler: Compiler, tmp_path: Path) -> None:
+    """A notebook's: the next cell may change a global that the kernel's code does not show."""
+    scope: dict[str, Any] = {"cuda": cuda}
+    exec("@cuda.jit\ndef cell_kernel(x): x[0] = SIZE", scope)
+    assert get(scope["cell_kernel"]) == get(scope["cell_kernel"])
+    assert compiler.compiled == ["cell_kernel"] * 2
+    assert not (tmp_path / "cache").exists()
+
+
+# ---- launches on a stub driver ------------------------------------------------------------------
+
+
+class Driver:
+    """A driver with two GPUs, which reads the parameters of a launch slowly."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.contexts: dict[int, list[int]] = {}  # of each thread, the innermost last
+        self.status = driver.CUresult.CUDA_SUCCESS
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("cu"):
+            return lambda *args: self._call(name, *args)
+        return getattr(driver, name)
+
+    def _call(self, name: str, *args: Any) -> tuple[Any, ...]:
+        self.calls.append((name, *args))
+        return driver.CUresult.CUDA_SUCCESS, 9
+
+    def named(self, *names: str) -> list[tuple[Any, ...]]:
+        return [call for call in self.calls if call[0] in names]
+
+    def _stack(self) -> list[int]:
+        return self.contexts.setdefault(threading.get_ident(), [100])
+
+    def cuDeviceGet(self, index: int) -> tuple[Any, int]:  # noqa: N802
+        return driver.CUresult.CUDA_SUCCESS, index
+
+    def cuDevicePrimaryCtxRetain(self, device: int) -> tuple[Any, int]:  # noqa: N802
+        return driver.CUresult.CUDA_SUCCESS, 100 + device
+
+    def cuCtxGetCurrent(self) -> tuple[Any, int]:  # noqa: N802
+        return driver.CUresult.CUDA_SUCCESS, self._stack()[-1]
+
+    def cuCtxPushCurrent(self, context: int) -> tuple[Any]:  # noqa: N802
+        self._stack().append(context)
+        return (driver.CUresult.CUDA_SUCCESS,)
+
+    def cuCtxPopCurrent(self) -> tuple[Any, int]:  # noqa: N802
+        return driver.CUresult.CUDA_SUCCESS, self._stack().pop()
+
+    def cuModuleLoadData(self, code: bytes) -> tuple[Any, int]:  # noqa: N802
+        self.calls.append(("cuModuleLoadData", self._stack()[-1]))
+        return driver.CUresult.CUDA_SUCCESS, self._stack()[-1]
+
+    def cuModuleGetFunction(self, module: int, name: bytes) -> tuple[Any, Any]:  # noqa: N802
+        return driver.CUresult.CUDA_SUCCESS, (module, name)
+
+    def cuLaunchKernel(self, *args: Any) -> tuple[Any]:  # noqa: N802
+        return self._launch("cuLaunchKernel", args[:-1])
+
+    def cuLaunchCooperativeKernel(self, *args: Any) -> tuple[Any]:  # noqa: N802
+        return self._launch("cuLaunchCooperativeKernel", args)
+
+    def _launch(self, name: str, args: tuple[Any, ...]) -> tuple[Any]:
+        function, *geometry, stream, table = args
+        assert function[0] == self._stack()[-1], "launched in another context than loaded in"
+        time.sleep(0)  # let another thread spoil the buffer, if it can
+        words = ctypes.cast(table, ctypes.POINTER(ctypes.POINTER(ctypes.c_int64)))
+        count = 15 if b"add" in function[1] else 0
+        values = [words[i][0] for i in range(count)]
+        self.calls.append((name, function, *geometry, int(stream), values))
+        return (self.status,)
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch, compiler: Compiler) -> Driver:
+    """A stub driver, and no GPU known yet."""
+    stub = Driver()
+    monkeypatch.setattr(launch, "driver", stub)
+    monkeypatch.setattr(launch, "_gpus", {})
+    return stub
+
+
+def add(launcher: Any, x: Tensor, term: int, **options: Any) -> None:
+    launcher(add_kernel, 5, 64, x, x, term, **options)
+
+
+def test_a_launch_hands_the_driver_everything(stub: Driver) -> None:
+    x = torch.zeros(6)
+    add(GpuLauncher(1, 77), x, 3, shared_bytes=16)
+    array = [0, 0, 6, 4, x.data_ptr(), 6, 4]
+    geometry = (5, 1, 1, 64, 1, 1, 16)
+    (call,) = stub.named("cuLaunchKernel")
+    assert call == ("cuLaunchKernel", (101, b"_Zadd_kernel"), *geometry, 77, [*array, *array, 3])
+
+
+def test_grids_and_blocks_have_up_to_three_axes(stub: Driver) -> None:
+    launcher = GpuLauncher(0, 0)
+    for grid, block in ((2, 32), ((2,), (32,)), ((2, 3), (8, 4)), ((2, 3, 4), (8, 4, 2))):
+        launcher(no_arguments_kernel, grid, block)
+    assert [call[2:8] for call in stub.named("cuLaunchKernel")] == [
+        (2, 1, 1, 32, 1, 1),
+        (2, 1, 1, 32, 1, 1),
+        (2, 3, 1, 8, 4, 1),
+        (2, 3, 4, 8, 4, 2),
+    ]
+
+
+def test_kernels_are_loaded_once_per_gpu_and_signature(stub: Driver, compiler: Compiler) -> None:
+    for _ in range(2):
+        for index in (0, 1):
+            for x in (torch.zeros(3), torch.zeros(4), torch.zeros(3).double()):
+                add(GpuLauncher(index, 0), x, 1)
+    assert [context for _, context in stub.named("cuModuleLoadData")] == [100, 100, 101, 101]
+    assert len(compiler.compiled) == 2  # the second GPU finds the first one's on disk
+    assert len(stub.named("cuLaunchKernel")) == 12
+
+
+def test_the_threads_own_context_is_current_again_afterwards(stub: Driver) -> None:
+    add(GpuLauncher(0, 0), torch.zeros(3), 1)
+    add(GpuLauncher(1, 0), torch.zeros(3), 1)
+    stub.status = driver.CUresult.CUDA_ERROR_INVALID_VALUE
+    with pytest.raises(RuntimeError):
+        add(GpuLauncher(1, 0), torch.zeros(3), 1)
+    assert list(stub.contexts.values()) == [[100]]
+
+
+def test_a_refused_launch_says_what_was_asked(stub: Driver) -> None:
+    stub.status = driver.CUresult.CUDA_ERROR_INVALID_VALUE
+    with pytest.raises(
+        RuntimeError,
+        match=r"cannot launch add_kernel with grid 5, block 64, 99,999 bytes.*_INVALID_VALUE",
+    ):
+        add(GpuLauncher(0, 0), torch.zeros(3), 1, shared_bytes=99_999)
+
+
+def test_the_driver_is_told_of_shared_memory_only_when_it_grows(stub: Driver) -> None:
+    launcher = GpuLauncher(0, 0)
+    for shared_bytes in (0, 1000, 500, 60_000, 60_000, 1000):
+        add(launcher, torch.zeros(3), 1, shared_bytes=shared_bytes)
+    assert [call[-1] for call in stub.named("cuFuncSetAttribute")] == [1000, 60_000]
+    assert [call[8] for call in stub.named("cuLaunchKernel")] == [
+        0,
+        1000,
+        500,
+        60_000,
+        60_000,
+        1000,
+    ]
+
+
+def test_cooperative_launches_are_asked_for(stub: Driver) -> None:
+    """A kernel that waits for its grid would hang without."""
+    launcher, x = GpuLauncher(0, 0), torch.zeros(3)
+    launcher(exchange_kernel, 3, 32, x, x, cooperative=True)
+    add(launcher, x, 1, cooperative=True)
+    assert len(stub.named("cuLaunchCooperativeKernel")) == 2
+    with pytest.raises(ValueError, match=r"exchange_kernel .*cooperative=True"):
+        launcher(exchange_kernel, 3, 32, x, x)
+
+
+def test_threads_compile_once_and_share_no_buffer(stub: Driver, compiler: Compiler) -> None:
+    launches = 200
+    start = threading.Barrier(THREADS)
+
+    def work(thread: int) -> None:
+        x = torch.zeros(thread + 1)
+        start.wait()
+        for i in range(launches):
+            add(GpuLauncher(0, thread), x, 1000 * thread + i)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(work, range(THREADS)))
+    assert compiler.compiled == ["add_kernel"]
+    seen = [(stream, values) for *_, stream, values in stub.named("cuLaunchKernel")]
+    assert len(seen) == THREADS * launches
+    for stream, values in seen:
+        assert values[2] == values[5] == values[9] == values[12] == stream + 1
+        assert values[14] // 1000 == stream
+
+
+# ---- the host path of the public call -----------------------------------------------------------
+
+OPERANDS = random_operands((2, 4, 5, 9), (4, 4, 2, 3))
+CALL: dict[str, Any] = {"num_groups": 2, "variant": "torch", **BOUNDS}
+
+
+def call(**changes: Any) -> dict[str, Any]:
+    """The keywords above with some changed."""
+    return CALL | changes
+
+
+def test_a_call_is_validated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = fused(*OPERANDS, **CALL)
+    monkeypatch.setattr(nf.BlockSpec, "from_arguments", None)
+    assert torch.equal(fused(*OPERANDS, **CALL), expected)
+    with pytest.raises(TypeError):
+        fused(OPERANDS.x[:1], *OPERANDS[1:], **CALL)
+
+
+@pytest.mark.parametrize("changes", [{"num_groups": True}, {"stride": 1.0}, {"stride": (1, True)}])
+def test_what_equals_a_valid_argument_is_not_thereby_valid(changes: dict[str, Any]) -> None:
+    for stride in (1, (1, 1)):
+        fused(*OPERANDS, **call(num_groups=1, stride=stride))
+    with pytest.raises(TypeError, match="must be an int"):
+        fused(*OPERANDS, **call(**{"num_groups": 1} | changes))
+
+
+def test_zeros_of_both_signs_are_different_bounds() -> None:
+    for zero in (0.0, -0.0):
+        out = fused(*OPERANDS, **call(max_value=zero, cap=2.0, min_value=-9.0))
+        assert (out == 0).any()
+        assert (out.signbit() == (out < 0) | (out == 0) & (math.copysign(1, zero) < 0)).all()
+
+
+def test_unusual_arguments_are_validated_every_time() -> None:
+    """Tensors and lists may have changed since."""
+    stride = [1, 1]
+    narrow = fused(*OPERANDS, **CALL, stride=stride)
+    stride[1] = 2
+    assert fused(*OPERANDS, **CALL, stride=stride).shape[-1] < narrow.shape[-1]
+    cap = torch.tensor(0.0)
+    assert fused(*OPERANDS, **call(cap=cap)).max() == 0
+    cap += 0.25
+    assert fused(*OPERANDS, **call(cap=cap)).max() == 0.25
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_forward_mode_derivatives_are_not_silently_missing() -> None:
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(OPERANDS.x, torch.ones_like(OPERANDS.x))
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            fused(x, *OPERANDS[1:], **CALL)
+
+
+def test_absent_vectors_are_made_once() -> None:
+    first = ladder._neutral(1.0, 5, torch.float32, torch.device("cpu"))
+    assert ladder._neutral(1.0, 5, torch.float32, torch.device("cpu")) is first
+    assert torch.equal(first, torch.ones(5))
+    other = ladder._neutral(0.0, 5, torch.float32, torch.device("cpu"))
+    assert torch.equal(other, torch.zeros(5))
+
+
+@pytest.fixture
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, stub: Driver) -> None:
+    """CPU tensors launch on a stub driver that does nothing."""
+    monkeypatch.setattr(stub, "_launch", lambda *_: (driver.CUresult.CUDA_SUCCESS,))
+    monkeypatch.setattr(ladder, "_launcher", lambda device, simulator: GpuLauncher(0, 0))
+    monkeypatch.setattr(ops.plan, "check_simulable", lambda spec, variant: None)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("pretend_gpu")
+@pytest.mark.parametrize("variant", ["one_kernel", "epilogue"])
+def test_host_time_of_a_call(variant: str) -> None:
+    """About 25 us for one launch on a quiet machine, 35 for two; 0.4 ms before any of this."""
+    arguments = call(variant=variant)
+    with torch.no_grad():
+        times = []
+        for _ in range(2000):
+            start = time.perf_counter()
+            fused(*OPERANDS, **arguments)
+            times.append(time.perf_counter() - start)
+    assert min(times) < 150e-6
+
+
+# ---- on a GPU -----------------------------------------------------------------------------------
+
+
+def on_gpu(index: int = 0) -> torch.device:
+    return torch.device("cuda", index)
+
+
+@pytest.mark.gpu
+def test_every_kind_of_argument_arrives() -> None:
+    device = on_gpu()
+    launcher = gpu_launcher(device)
+    out = torch.zeros(3, 5, dtype=torch.float64, device=device)
+    launcher(fill_kernel, 1, 32, out, (np.int32(3), 5), (2.5,))
+    assert (out == 2.5).all()
+    for dtype in (torch.uint8, torch.int64, torch.float32, torch.float64):
+        x = torch.arange(100, device=device).to(dtype)
+        y = torch.empty_like(x)
+        launcher(add_kernel, 4, 32, x, y, np.int32(7))
+        assert torch.equal(y, x + 7)
+    launcher(no_arguments_kernel, 1, 1)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+def test_launches_are_ordered_on_torchs_current_stream() -> None:
+    device = on_gpu()
+    x = torch.zeros(1 << 22, device=device)
+    for _ in range(20):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            launcher = gpu_launcher(device)
+            x.mul_(1.0)
+            launcher(add_kernel, -(-x.numel() // 256), 256, x, x, np.float32(1))
+            x.add_(1.0)
+        torch.cuda.current_stream().wait_stream(stream)
+    assert (x == 40).all()
+
+
+@pytest.mark.gpu
+def test_a_graph_captures_a_launch_and_replays_it() -> None:
+    device = on_gpu()
+    x = torch.zeros(1000, device=device)
+    gpu_launcher(device)(add_kernel, 4, 256, x, x, np.float32(1))  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gpu_launcher(device)(add_kernel, 4, 256, x, x, np.float32(1))
+    assert (x == 1).all()
+    for _ in range(3):
+        graph.replay()
+    assert (x == 4).all()
+
+
+@pytest.mark.gpu
+def test_the_public_call_replays_from_a_graph_with_fresh_masks() -> None:
+    """With absent vectors first seen during capture, which must not outlive the graph's memory."""
+    x, weight = torch.randn(2, 3, 8, 9, device="cuda"), torch.randn(7, 3, 3, 3, device="cuda")
+    arguments = call(num_groups=7, variant="one_kernel", min_value=0.125)
+    fused(x, weight, torch.zeros(7, device="cuda"), **arguments)  # compiles
+    ladder._neutrals.clear()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fused(x, weight, **arguments, dropout_p=0.5, training=True)
+    assert not ladder._neutrals
+    graph.replay()
+    first = out.clone()
+    graph.replay()
+    assert not torch.equal(out, first)
+    in_eval = fused(x, weight, **arguments)
+    torch.testing.assert_close(out[out != 0], 2 * in_eval[out != 0])
+
+
+@pytest.mark.gpu
+def test_threads_that_never_used_the_gpu_can_launch() -> None:
+    device = on_gpu()
+    tensors = [torch.zeros(1000, device=device) for _ in range(THREADS)]
+    torch.cuda.synchronize()
+
+    def work(x: Tensor) -> None:
+        launcher = GpuLauncher(0, 0)
+        for _ in range(100):
+            launcher(add_kernel, 4, 256, x, x, np.float32(1))
+
+    threads = [threading.Thread(target=work, args=(x,)) for x in tensors]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.cuda.synchronize()
+    assert all((x == 100).all() for x in tensors)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kilobytes", [1, 48, 49, 96])
+def test_shared_memory_beyond_48_kilobytes(kilobytes: int) -> None:
+    x = torch.arange(kilobytes * 256, dtype=torch.float32, device="cuda")
+    expected = x.flip(0)
+    gpu_launcher(on_gpu())(reverse_kernel, 1, 256, x, shared_bytes=kilobytes * 1024)
+    assert torch.equal(x, expected)
+
+
+@pytest.mark.gpu
+def test_a_cooperative_grid_waits_for_itself() -> None:
+    blocks = torch.cuda.get_device_properties(0).multi_processor_count
+    x, out = (torch.full((blocks,), -1, dtype=torch.int64, device="cuda") for _ in range(2))
+    for _ in range(50):
+        x.fill_(-1)
+        gpu_launcher(on_gpu())(exchange_kernel, blocks, 64, x, out, cooperative=True)
+        assert torch.equal(out, torch.arange(blocks, device="cuda").flip(0))
+
+
+@pytest.mark.gpu
+def test_each_gpu_runs_its_own_launches() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    tensors = [torch.zeros(1000, device=on_gpu(index)) for index in (0, 1)]
+    for current in (0, 1):
+        with torch.cuda.device(current):
+            for x in tensors:
+                gpu_launcher(x.device)(add_kernel, 4, 256, x, x, np.float32(1))
+            assert torch.cuda.current_device() == current
+    assert all((x == 2).all() for x in tensors)
+
+
+@pytest.mark.gpu
+def test_a_cubin_from_disk_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("NUMBA_FUSED_CACHE_DIR", str(tmp_path))
+    for compiles in (True, False):
+        monkeypatch.setattr(launch, "_gpus", {})  # nothing is loaded
+        if not compiles:
+            monkeypatch.setattr(cubins, "compiled", None)
+        x = torch.zeros(10, device="cuda")
+        gpu_launcher(on_gpu())(add_kernel, 1, 32, x, x, np.float32(1))
+        assert (x == 1).all()
+    assert len(list(tmp_path.iterdir())) == 1
