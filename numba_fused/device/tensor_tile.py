@@ -1,0 +1,625 @@
+"""One tile of the block on tensor cores, from x in global memory to the finished output.
+
+`tile_functions` makes the device functions for one `TileShape`; the rungs that use tensor cores
+are built from them and differ in the order of the calls. Accumulators stay in registers from the
+first to the last: 64 a lane, ``acc[4 * j + r]`` for position ``j`` along w and
+
+    r    0, 2: row 2 t of the warp's eight      0, 1: channel g of the warp's sixteen
+         1, 3: row 2 t + 1                      2, 3: channel g + 8          (lane = 4 g + t)
+
+so a lane holds four whole dropout streams of 16. They hold ``z - bias``, scaled by powers of two
+that keep halves from overflowing: one of the tile's input, one of each output channel's weights.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import cuda, float32, int32, int64, uint32, uint64
+
+from numba_fused.device import ptx
+from numba_fused.device.convolution import divide
+from numba_fused.device.tile_shape import (
+    CHANNELS,
+    COLUMNS,
+    ROWS,
+    WARP,
+    TileShape,
+    round_up,
+)
+from numba_fused.rng import LOW_32, seed_stream, step
+
+FULL_WARP = 0xFFFFFFFF
+ACCUMULATORS = 4 * COLUMNS
+# What is noted of a tile in shared memory: where it lies, its number, and the exponents of the
+# scales of its last two chunks.
+SAMPLE, PLANE, ROW, COLUMN, CHANNEL_TILE, TILE, SCALE = range(7)
+PLACE_SIZE = 8
+HALF = CHANNELS // 2  # channels of a warp that are stored at a time
+INFINITY = float32(math.inf)
+# Halves reach 65504: inputs and weights are scaled so that the largest lies in [2^14, 2^15).
+LARGEST_EXPONENT = 14
+
+
+class TileFunctions(NamedTuple):
+    """Device functions of one `TileShape`; each is documented where it is defined."""
+
+    locate: Any
+    accumulate: Any
+    publish_moments: Any
+    group_statistics: Any
+    finish: Any
+    store: Any
+
+
+@cuda.jit(device=True)
+def scale_exponent(peak_bits):
+    """Biased exponent of the power of two that brings a largest magnitude into range."""
+    exponent = int32(peak_bits >> uint32(23))
+    if exponent == 0:  # zeros and subnormals: as if they were the smallest normal number
+        exponent = int32(1)
+    return min(int32(2 * 127 + LARGEST_EXPONENT - exponent), int32(253))
+
+
+@cuda.jit(device=True)
+def power_of_two(biased_exponent):
+    """The float with that biased exponent."""
+    return ptx.bits_float(uint32(biased_exponent) << uint32(23))
+
+
+@cuda.jit(device=True)
+def pack_row(a, b, scale):
+    """Four words of halves from four values of each of two sources."""
+    return (
+        ptx.pack_halves(a[0] * scale, b[0] * scale),
+        ptx.pack_halves(a[1] * scale, b[1] * scale),
+        ptx.pack_halves(a[2] * scale, b[2] * scale),
+        ptx.pack_halves(a[3] * scale, b[3] * scale),
+    )
+
+
+@cuda.jit(device=True)
+def split_row(a, b, scale):
+    """As `pack_row`, and four more words of what rounding left over."""
+    high_0, low_0 = ptx.split_halves(a[0] * scale, b[0] * scale)
+    high_1, low_1 = ptx.split_halves(a[1] * scale, b[1] * scale)
+    high_2, low_2 = ptx.split_halves(a[2] * scale, b[2] * scale)
+    high_3, low_3 = ptx.split_halves(a[3] * scale, b[3] * scale)
+    return (high_0, high_1, high_2, high_3), (low_0, low_1, low_2, low_3)
+
+
+@cuda.jit(device=True)
+def tf32_row(a):
+    """Four values in TF32."""
+    return ptx.to_tf32(a[0]), ptx.to_tf32(a[1]), ptx.to_tf32(a[2]), ptx.to_tf32(a[3])
+
+
+@cache
+def tile_functions(shape: TileShape) -> TileFunctions:
+    """The device functions, specialised on the compile-time numbers of a tile."""
+    threads, warps = shape.threads, shape.warps
+    row_warps, column_warps = shape.row_warps, shape.column_warps
+    spatial_warps = row_warps * column_warps
+    tile_channels, tile_rows, tile_columns = shape.channels, shape.rows, shape.columns
+    channel_tiles, row_tiles, column_tiles = shape.tiles
+    in_channels, out_channels = shape.in_channels, shape.out_channels
+    in_d, in_h, in_w = shape.in_size
+    out_d, out_h, out_w = shape.out_size
+    in_plane, out_plane = in_h * in_w, out_h * out_w
+    kernel_w = shape.kernel_size[2]
+    stride_d, stride_h, stride_w = shape.stride
+    padding_d, padding_h, padding_w = shape.padding
+    dilation_d, dilation_w = shape.dilation[0], shape.dilation[2]
+
+    sources, chunks, planes = shape.sources, shape.chunks, shape.planes
+    vector, shift = shape.vector, shape.shift
+    staged_planes, staged_row = shape.staged_planes, shape.staged_row
+    staged_plane, row_vectors = shape.in_rows * staged_row, staged_row // vector
+    in_rows, row_words, plane_words = shape.in_rows, shape.row_words, shape.plane_words
+    row_slots, row_quads = shape.row_slots, -(-shape.row_slots // 4)
+    split, halves, plane_sources = shape.split, shape.values_per_word == 2, shape.plane_sources
+    low_words = planes * plane_words
+    windows, window_table = shape.windows, shape.window_offsets
+    window_positions = shape.window_positions
+    tail_steps, tail_table = shape.tail_steps, shape.tail_offsets
+    window_words, weight_words = 2 * round_up(shape.window_slots, 2), 4 * kernel_w
+    many_parts = COLUMNS // window_positions > 2
+    part_words = shape.steps * WARP * 4
+    chunk_words, fragment_words = shape.parts * part_words, shape.fragment_words
+
+    record_channels, records = shape.record_channels, shape.records
+    record_entries = record_channels * spatial_warps
+    group_channels = shape.group_channels
+    group_records = group_channels // record_channels
+    tile_positions = out_d * row_tiles * column_tiles
+    share_of_group = np.float32(1 / (group_channels * out_d * out_plane))
+
+    store_values, whole_rows, out_row = shape.store, shape.whole_rows, shape.out_row
+    even_rows, channel_stride = out_row % 2 == 0, shape.channel_stride
+    streams_per_row = -(-out_w // COLUMNS)
+    streams_per_channel = out_d * out_h * streams_per_row
+
+    @cuda.jit(device=True)
+    def locate(tile, place):
+        """Note where a tile lies, in shared memory: registers have better to do than hold it."""
+        rest, place[CHANNEL_TILE] = divide(tile, channel_tiles)
+        rest, column_tile = divide(rest, column_tiles)
+        rest, row_tile = divide(rest, row_tiles)
+        place[SAMPLE], place[PLANE] = divide(rest, out_d)
+        place[ROW] = row_tile * tile_rows
+        place[COLUMN] = column_tile * tile_columns
+        place[TILE] = tile
+
+    @cuda.jit(device=True)
+    def warp_place():
+        """Channel, row and column position of this warp in the tile, in warps."""
+        warp = int32(ptx.thread_index() // WARP)
+        return (
+            int32(warp // spatial_warps),
+            int32(warp // column_warps % row_warps),
+            int32(warp % column_warps),
+        )
+
+    # ---- the input: from x to words in shared memory ------------------------------------------
+
+    @cuda.jit(device=True)
+    def stage_input(x, staged, place, chunk):
+        """Start copying a chunk of the input tile to shared memory, zeros where there is none."""
+        n, d, h, w = place[SAMPLE], place[PLANE], place[ROW], place[COLUMN]
+        sample = int64(n) * (in_channels * in_d * in_plane)
+        first_d = int32(d * stride_d - padding_d)
+        first_h = int32(h * stride_h - padding_h)
+        first_w = int32(w * stride_w - padding_w - shift)
+        position = int32(ptx.thread_index())
+        while position < in_rows * row_vectors:
+            x_h = int32(first_h + position // row_vectors)
+            x_w = int32(first_w + position % row_vectors * vector)
+            in_plane_index = int32(x_h * in_w + x_w)
+            inside_plane = uint32(x_h) < uint32(in_h) and uint32(x_w) < uint32(in_w)
+            for plane in range(staged_planes):
+                source = int32(chunk * staged_planes + plane)
+                x_d = int32(first_d + source // in_channels * dilation_d)
+                inside = inside_plane and source < sources and uint32(x_d) < uint32(in_d)
+                x_plane = int32(source % in_channels * in_d + x_d)
+                index = sample + int32(int32(x_plane * in_plane) + in_plane_index)
+                if not inside:
+                    index = sample
+                target = uint64(position * vector) + uint64(plane * staged_plane)
+                if vector == 4:
+                    ptx.copy_async_4(staged, target, x, uint64(index), inside)
+                else:
+                    ptx.copy_async_1(staged, target, x, uint64(index), inside)
+            position = int32(position + threads)
+        ptx.wait_for_copies()
+
+    @cuda.jit(device=True)
+    def peak_exponent(staged, peaks):
+        """Scale of the staged values: see `scale_exponent`. Infinities have no say in it."""
+        peak = float32(0)
+        quad = int32(ptx.thread_index())
+        while quad < staged_planes * staged_plane // 4:
+            for value in ptx.load_4(staged, uint64(4 * quad)):
+                peak = max(peak, abs(value))  # max drops a NaN
+            quad = int32(quad + threads)
+        if peak == INFINITY:
+            peak = float32(0)
+            i = int32(ptx.thread_index())
+            while i < staged_planes * staged_plane:
+                value = abs(staged[uint32(i)])
+                if value < INFINITY:
+                    peak = max(peak, value)
+                i = int32(i + threads)
+        bits, lane = ptx.warp_max(ptx.float_bits(peak)), ptx.lane_index()
+        if lane == 0:
+            peaks[ptx.thread_index() // WARP] = bits
+        cuda.syncthreads()
+        other = peaks[lane] if lane < warps else bits
+        return scale_exponent(ptx.warp_max(other))
+
+    @cuda.jit(device=True)
+    def load_row(staged, first):
+        """Four staged values, `shift` beyond a multiple of four."""
+        a, b, c, d = ptx.load_4(staged, uint64(first))
+        if shift == 0:
+            return a, b, c, d
+        e, f, g, _ = ptx.load_4(staged, uint64(first) + uint64(4))
+        if shift == 1:
+            return b, c, d, e
+        if shift == 2:
+            return c, d, e, f
+        return d, e, f, g
+
+    @cuda.jit(device=True)
+    def load_source(staged, source, index):
+        """Four staged values of a source of the chunk; zeros if there are fewer sources."""
+        if source < staged_planes:
+            return load_row(staged, int32(source * staged_plane + index))
+        return float32(0), float32(0), float32(0), float32(0)
+
+    @cuda.jit(device=True)
+    def store_slots(words, target, column, low, high):
+        """Four slots of a row, two words each; the row's last ones may be two only."""
+        ptx.store_4(words, target, low[0], high[0], low[1], high[1])
+        if column + 2 < row_slots:
+            ptx.store_4(words, target + uint64(4), low[2], high[2], low[3], high[3])
+
+    @cuda.jit(device=True)
+    def pack_words(staged, words, scale):
+        """Turn staged values into slots: four sources as pairs of halves, or two in TF32."""
+        position = int32(ptx.thread_index())
+        while position < in_rows * row_quads:
+            row, column = int32(position // row_quads), int32(position % row_quads * 4)
+            index = int32(row * staged_row + column)
+            for plane in range(planes):
+                target = uint64(row * row_words + 2 * column) + uint64(plane * plane_words)
+                source = plane_sources * plane
+                a = load_source(staged, source, index)
+                b = load_source(staged, source + 1, index)
+                if halves:
+                    c = load_source(staged, source + 2, index)
+                    e = load_source(staged, source + 3, index)
+                    if split:
+                        first, first_rest = split_row(a, b, scale)
+                        second, second_rest = split_row(c, e, scale)
+                        store_slots(words, target, column, first, second)
+                        target += uint64(low_words)
+                        store_slots(words, target, column, first_rest, second_rest)
+                    else:
+                        first, second = pack_row(a, b, scale), pack_row(c, e, scale)
+                        store_slots(words, target, column, first, second)
+                else:
+                    store_slots(words, target, column, tf32_row(a), tf32_row(b))
+            position = int32(position + threads)
+
+    # ---- the convolution: from words to accumulators -------------------------------------------
+
+    @cuda.jit(device=True)
+    def load_window(words, first, window):
+        """Copy the slots under neighbouring positions to registers."""
+        for i in range(0, window_words, 4):
+            window[i], window[i + 1], window[i + 2], window[i + 3] = ptx.load_4(
+                words, uint64(first) + uint64(i)
+            )
+
+    @cuda.jit(device=True)
+    def sweep(acc, words, first_word, fragments, first_fragment):
+        """Add one product of the chunk: all its steps with one part of the weights."""
+        window = cuda.local.array(window_words, uint32)
+        weights = cuda.local.array(weight_words, uint32)
+        windows_at = cuda.const.array_like(window_table)
+        lane = int32(ptx.lane_index())
+        _, row_warp, column_warp = warp_place()
+        row = int32(row_warp * ROWS + lane // 4)
+        base = int32(row * (stride_h * row_words) + column_warp * (2 * COLUMNS * stride_w))
+        base = int32(base + first_word)
+        start = uint64(first_fragment + 4 * lane)
+        v = int32(0)
+        while v < windows:  # a range would keep two more counters in registers
+            first = int32(base + windows_at[4 * v + lane % 4])
+            if many_parts:
+                for tap in range(kernel_w):
+                    step = uint64(v * kernel_w) + uint64(tap)
+                    a = ptx.load_4(fragments, start + step * uint64(4 * WARP))
+                    weights[4 * tap], weights[4 * tap + 1] = a[0], a[1]
+                    weights[4 * tap + 2], weights[4 * tap + 3] = a[2], a[3]
+            for part in range(COLUMNS // window_positions):
+                cuda.syncwarp()  # or the compiler loads all parts at once, and registers run out
+                load_window(words, int32(first + part * (2 * window_positions * stride_w)), window)
+                for tap in range(kernel_w):
+                    if many_parts:  # loaded once, or the loads alone would take the registers
+                        i = 4 * tap
+                        a = weights[i], weights[i + 1], weights[i + 2], weights[i + 3]
+                    else:
+                        step = uint64(v * kernel_w) + uint64(tap)
+                        a = ptx.load_4(fragments, start + step * uint64(4 * WARP))
+                    for j in range(window_positions):
+                        word = 2 * (j * stride_w + tap * dilation_w)
+                        position = part * window_positions + j
+                        multiply(acc, position, a, window[word], window[word + 1])
+            v = int32(v + 1)
+        if tail_steps > 0:
+            tails_at = cuda.const.array_like(tail_table)
+            s = int32(0)
+            while s < tail_steps:
+                first = int32(base + tails_at[4 * s + lane % 4])
+                step = uint64(s) + uint64(windows * kernel_w)
+                a = ptx.load_4(fragments, start + step * uint64(4 * WARP))
+                for position in range(COLUMNS):
+                    b = ptx.load_2(words, uint64(first) + uint64(2 * position * stride_w))
+                    multiply(acc, position, a, b[0], b[1])
+                s = int32(s + 1)
+
+    @cuda.jit(device=True)
+    def multiply(acc, position, a, b0, b1):
+        """One matrix instruction into the accumulators of a position."""
+        i = 4 * position
+        c0, c1, c2, c3 = acc[i], acc[i + 1], acc[i + 2], acc[i + 3]
+        if halves:
+            c0, c1, c2, c3 = ptx.mma_half(a[0], a[1], a[2], a[3], b0, b1, c0, c1, c2, c3)
+        else:
+            c0, c1, c2, c3 = ptx.mma_tf32(a[0], a[1], a[2], a[3], b0, b1, c0, c1, c2, c3)
+        acc[i], acc[i + 1], acc[i + 2], acc[i + 3] = c0, c1, c2, c3
+
+    @cuda.jit(device=True)
+    def accumulate(acc, x, fragments, words, staged, peaks, place):
+        """Convolve the tile into `acc`; returns the factor that takes the input's scale back."""
+        channel_warp, _, _ = warp_place()
+        channel_tile = int32(place[CHANNEL_TILE] * (tile_channels // CHANNELS) + channel_warp)
+        for i in range(ACCUMULATORS):
+            acc[i] = float32(0)
+        chunk = int32(0)
+        while chunk < chunks:
+            if chunk > 0:
+                cuda.syncthreads()  # the chunk before has been packed from where this is staged
+            stage_input(x, staged, place, chunk)
+            cuda.syncthreads()
+            exponent = int32(127)
+            if halves:
+                exponent = peak_exponent(staged, peaks)
+                if chunk > 0:
+                    # The scale may only fall from chunk to chunk: rising it could overflow `acc`.
+                    before = place[SCALE + (chunk + 1) % 2]
+                    exponent = min(exponent, before)
+                    if exponent < before:
+                        rescale = power_of_two(max(int32(127 + exponent - before), int32(0)))
+                        for i in range(ACCUMULATORS):
+                            acc[i] *= rescale
+                if ptx.thread_index() == 0:
+                    place[SCALE + chunk % 2] = exponent
+            pack_words(staged, words, power_of_two(exponent))
+            cuda.syncthreads()
+            first = int32(channel_tile * fragment_words + chunk * chunk_words)
+            if split:
+                # Smallest products first: what is added to a large sum loses its last bits.
+                sweep(acc, words, low_words, fragments, first)
+                sweep(acc, words, 0, fragments, int32(first + part_words))
+            sweep(acc, words, 0, fragments, first)
+            chunk = int32(chunk + 1)
+        return power_of_two(254 - place[SCALE + (chunks - 1) % 2]) if halves else float32(1)
+
+    # ---- the statistics: from accumulators to mean and rstd ------------------------------------
+
+    @cuda.jit(device=True)
+    def extent(place):
+        """Rows and columns of this warp's positions that exist."""
+        _, row_warp, column_warp = warp_place()
+        rows = int32(out_h - place[ROW] - row_warp * ROWS)
+        columns = int32(out_w - place[COLUMN] - column_warp * COLUMNS)
+        return (
+            min(max(rows, int32(0)), int32(ROWS)),
+            min(max(columns, int32(0)), int32(COLUMNS)),
+        )
+
+    @cuda.jit(device=True)
+    def replace_outside(acc, rows, columns, low, high):
+        """Overwrite what lies outside: channel g's with `low`, channel g + 8's with `high`."""
+        first_row = int32(2 * int32(ptx.lane_index() % 4))
+        for j in range(COLUMNS):
+            for r in range(2):
+                if first_row + r >= rows or j >= columns:
+                    acc[4 * j + r] = low
+                    acc[4 * j + 2 + r] = high
+
+    @cuda.jit(device=True)
+    def shuffled_sum(value, lanes):
+        """Sum over each run of `lanes` neighbouring lanes, a power of two."""
+        distance = lanes // 2
+        while distance > 0:
+            value += cuda.shfl_xor_sync(FULL_WARP, value, distance)
+            distance //= 2
+        return value
+
+    @cuda.jit(device=True)
+    def warp_moments(acc, moments, place):
+        """Count, mean and m2 of the warp's channels to ``moments[:, warp, channel]``.
+
+        Two passes over the registers, mean first, and no division a value.
+        """
+        rows, columns = extent(place)
+        outside = rows < ROWS or columns < COLUMNS
+        if outside:
+            replace_outside(acc, rows, columns, float32(0), float32(0))
+        low, high = float32(0), float32(0)
+        for j in range(COLUMNS):
+            low += acc[4 * j] + acc[4 * j + 1]
+            high += acc[4 * j + 2] + acc[4 * j + 3]
+        count = float32(int32(rows * columns))
+        share = float32(1) / max(count, float32(1))
+        low, high = shuffled_sum(low, 4) * share, shuffled_sum(high, 4) * share
+        if outside:
+            replace_outside(acc, rows, columns, low, high)
+        low_m2, high_m2 = float32(0), float32(0)
+        for j in range(COLUMNS):
+            for r in range(2):
+                deviation = acc[4 * j + r] - low
+                low_m2 += deviation * deviation
+                deviation = acc[4 * j + 2 + r] - high
+                high_m2 += deviation * deviation
+        low_m2, high_m2 = shuffled_sum(low_m2, 4), shuffled_sum(high_m2, 4)
+        warp, g = ptx.thread_index() // WARP, ptx.lane_index() // 4
+        if ptx.lane_index() % 4 == 0:
+            moments[0, warp, g], moments[0, warp, g + 8] = count, count
+            moments[1, warp, g], moments[1, warp, g + 8] = low, high
+            moments[2, warp, g], moments[2, warp, g + 8] = low_m2, high_m2
+
+    @cuda.jit(device=True)
+    def publish_moments(acc, unscale_x, unscale, bias, partial, moments, place):
+        """Moments of the tile's records of channels to ``partial[n, tile, :, record]``.
+
+        A thread takes one (channel, warp) of them; a record's lie in neighbouring lanes. Chan's
+        formula for many sets at once: ``m2 = sum of m2_i + count_i * (mean_i - mean)^2``.
+        """
+        warp_moments(acc, moments, place)
+        cuda.syncthreads()
+        entry = int32(ptx.thread_index())
+        if entry // WARP * WARP < CHANNELS * warps:  # whole warps: they shuffle
+            c = int32(min(entry, CHANNELS * warps - 1) // spatial_warps)
+            k = min(int32(place[CHANNEL_TILE] * tile_channels + c), out_channels - 1)
+            warp = c // CHANNELS * spatial_warps + entry % spatial_warps
+            unit = unscale_x * unscale[k]
+            count = moments[0, warp, c % CHANNELS]
+            own_mean = moments[1, warp, c % CHANNELS] * unit + bias[k]
+            total_count = shuffled_sum(count, record_entries)
+            mean = shuffled_sum(count * own_mean, record_entries) / total_count
+            deviation = own_mean - mean
+            m2 = moments[2, warp, c % CHANNELS] * unit * unit + count * deviation * deviation
+            m2 = shuffled_sum(m2, record_entries)
+            k = int32(place[CHANNEL_TILE] * tile_channels + c)
+            if entry < CHANNELS * warps and entry % record_entries == 0 and k < out_channels:
+                n, d, h, w = place[SAMPLE], place[PLANE], place[ROW], place[COLUMN]
+                row = int32(
+                    int32(d * row_tiles + h // tile_rows) * column_tiles + w // tile_columns
+                )
+                record = (int64(n) * tile_positions + row) * (3 * records) + k // record_channels
+                partial[uint64(record)] = total_count
+                partial[uint64(record + records)] = mean
+                partial[uint64(record + 2 * records)] = m2
+
+    @cuda.jit(device=True)
+    def group_statistics(partial, eps, statistics, place):
+        """Mean and rstd of the tile's channels' groups: a warp pools the records of a group."""
+        first_k = int32(place[CHANNEL_TILE] * tile_channels)
+        last_k = min(int32(first_k + tile_channels), out_channels) - 1
+        sample = int64(place[SAMPLE]) * (tile_positions * 3 * records)
+        group = int32(first_k // group_channels + ptx.thread_index() // WARP)
+        while group <= last_k // group_channels:
+            first = sample + group * group_records
+            total = float32(0)
+            entry = int32(ptx.lane_index())
+            while entry < tile_positions * group_records:
+                i = int32(entry // group_records * (3 * records) + entry % group_records)
+                count = ptx.load_fresh(partial, uint64(first + i))
+                total += count * ptx.load_fresh(partial, uint64(first + i) + uint64(records))
+                entry = int32(entry + WARP)
+            mean = shuffled_sum(total, WARP) * share_of_group
+            m2, residual = float32(0), float32(0)
+            entry = int32(ptx.lane_index())
+            while entry < tile_positions * group_records:
+                i = int32(entry // group_records * (3 * records) + entry % group_records)
+                count = ptx.load_fresh(partial, uint64(first + i))
+                deviation = ptx.load_fresh(partial, uint64(first + i) + uint64(records)) - mean
+                m2 += ptx.load_fresh(partial, uint64(first + i) + uint64(2 * records))
+                m2 += count * deviation * deviation
+                residual += count * deviation  # not zero, where the mean was rounded
+                entry = int32(entry + WARP)
+            mean += shuffled_sum(residual, WARP) * share_of_group
+            variance = shuffled_sum(m2, WARP) * share_of_group
+            rstd = float32(1) / math.sqrt(variance + eps)
+            c = int32(max(int32(group * group_channels), first_k) - first_k + ptx.lane_index())
+            end = min(int32((group + 1) * group_channels - first_k), tile_channels)
+            while c < end:
+                statistics[0, c], statistics[1, c] = mean, rstd
+                c = int32(c + WARP)
+            group = int32(group + warps)
+        cuda.syncthreads()
+
+    # ---- the rest: from accumulators to out ----------------------------------------------------
+
+    @cuda.jit(device=True)
+    def finish(
+        acc, unscale_x, unscale, bias, gamma, beta, statistics, place, bounds, seed, dropout
+    ):
+        """Normalise, min, clamp and drop, in registers.
+
+        `bounds` are (upper, lower), of which ``max(min(h, upper), lower)`` is min and clamp both,
+        already multiplied by the kept values' scale, as gamma and beta are here; `dropout` is
+        (whether to draw, the largest draw that drops, scale).
+        """
+        draws, last_dropped, keep_scale = dropout
+        channel_warp, row_warp, column_warp = warp_place()
+        n, d, h, w = place[SAMPLE], place[PLANE], place[ROW], place[COLUMN]
+        lane = int32(ptx.lane_index())
+        first_k = int32(place[CHANNEL_TILE] * tile_channels)
+        first_c = int32(channel_warp * CHANNELS + lane // 4)
+        row = int32(d * out_h + h + row_warp * ROWS + 2 * (lane % 4))
+        stream = int64(int64(n) * out_channels + first_k + first_c) * streams_per_channel
+        stream += int32(row * streams_per_row + w // COLUMNS + column_warp)
+        for r in range(4):
+            c = int32(first_c + r // 2 * 8)
+            if first_k + c >= out_channels:  # a channel that is not stored
+                c = int32(0)
+            k = uint32(first_k + c)
+            slope = statistics[1, c] * gamma[k] * keep_scale
+            start = (bias[k] - statistics[0, c]) * slope + beta[k] * keep_scale
+            slope *= unscale_x * unscale[k]
+            for j in range(COLUMNS):
+                value = acc[4 * j + r] * slope + start
+                acc[4 * j + r] = ptx.maximum_nan(ptx.minimum_nan(value, bounds[0]), bounds[1])
+            if draws:
+                this = stream + (r % 2 * streams_per_row + r // 2 * 8 * streams_per_channel)
+                s0, s1 = seed_stream(uint64(seed[0]), uint64(this))
+                for j in range(0, COLUMNS, 2):
+                    result, s0, s1 = step(s0, s1)
+                    # A dropped NaN stays NaN, as in PyTorch: multiply, do not replace.
+                    if uint32(result >> uint64(32)) <= last_dropped:
+                        acc[4 * j + r] *= float32(0)
+                    if uint32(result & LOW_32) <= last_dropped:
+                        acc[4 * (j + 1) + r] *= float32(0)
+
+    @cuda.jit(device=True)
+    def stage_output(acc, staged, place, half):
+        """Bring eight of each warp's sixteen channels into rows in shared memory."""
+        channel_warp, row_warp, column_warp = warp_place()
+        rows, columns = extent(place)
+        lane = int32(ptx.lane_index())
+        first = int32(int32(channel_warp * HALF + lane // 4) * channel_stride)
+        first = int32(first + int32(row_warp * ROWS + 2 * (lane % 4)) * out_row)
+        first = int32(first + column_warp * COLUMNS)
+        for r in range(2):
+            if 2 * (lane % 4) + r < rows:
+                for j in range(0, COLUMNS, 2):
+                    target = uint64(first) + uint64(r * out_row + j)
+                    i = 4 * j + 2 * half + r
+                    if even_rows:
+                        if j < columns:
+                            ptx.store_2(staged, target, acc[i], acc[i + 4])
+                    else:
+                        if j < columns:
+                            staged[target] = acc[i]
+                        if j + 1 < columns:
+                            staged[target + uint64(1)] = acc[i + 4]
+
+    @cuda.jit(device=True)
+    def write_output(staged, out, place, half):
+        """Write the staged channels, neighbours together."""
+        n, d, h, w = place[SAMPLE], place[PLANE], place[ROW], place[COLUMN]
+        height, width = min(tile_rows, int32(out_h - h)), min(tile_columns, int32(out_w - w))
+        if whole_rows:  # one run of values a channel
+            height, width = 1, int32(height * out_w)
+        lane = int32(ptx.lane_index())
+        c = int32(ptx.thread_index() // WARP)
+        while c < tile_channels // 2:
+            k = int32(
+                place[CHANNEL_TILE] * tile_channels + c // HALF * CHANNELS + half * HALF + c % HALF
+            )
+            if k < out_channels:
+                start = (int64(n) * out_channels + k) * (out_d * out_plane)
+                start += int32(d * out_plane + h * out_w + w)
+                for row in range(height):
+                    i = int32(lane * store_values)
+                    while i < width:
+                        target = uint64(start + int32(row * out_w + i))
+                        source = uint64(int32(c * channel_stride + row * out_row + i))
+                        if store_values == 4:
+                            values = ptx.load_4(staged, source)
+                            ptx.store_4(out, target, values[0], values[1], values[2], values[3])
+                        else:
+                            out[target] = staged[source]
+                        i = int32(i + WARP * store_values)
+            c = int32(c + warps)
+
+    @cuda.jit(device=True)
+    def store(acc, staged, out, place):
+        """Write the tile to `out` by way of shared memory, half of the channels at a time."""
+        stage_output(acc, staged, place, 0)
+        cuda.syncthreads()
+        write_output(staged, out, place, 0)
+        cuda.syncthreads()
+        stage_output(acc, staged, place, 1)
+        cuda.syncthreads()
+        write_output(staged, out, place, 1)
+
+    return TileFunctions(locate, accumulate, publish_moments, group_statistics, finish, store)

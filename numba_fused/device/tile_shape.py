@@ -1,0 +1,356 @@
+"""The compile-time numbers of a tensor-core tile: who computes what, and where it lies.
+
+A block computes ``channel_warps * 16`` channels of ``row_warps * 8`` rows of ``column_warps * 16``
+columns of one output plane. To its 16 x 8 matrix instructions the convolution is
+
+    C[channel, row] += A[channel, k] * B[k, row]
+
+once for each of 16 columns: a *column of B* is an output row, and its 16 positions along w are
+taken one after the other, so that what a lane needs of x for eight (or four) of them is one window
+that slides through its registers. Each of the four lanes `t` of a column holds two words of B,
+neighbours in shared memory: one *slot*, the values of four *sources* as halves or of two in TF32.
+A source is a (tap along d, input channel) pair, a *plane* the slots of four (two) of them.
+
+    window v      for each lane t a (plane, tap along h): planes 4 b + t and tap v % KH while four
+                  planes are left, then the remaining pairs, four at a time
+    step          one matrix instruction per position: a window and a tap along w
+    tail steps    what does not fill a window: each lane has a (plane, tap along h, tap along w)
+                  of its own, and loads slot by slot
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+import numpy as np
+
+Triple: TypeAlias = tuple[int, int, int]
+
+WARP = 32
+CHANNELS = 16  # rows of A: output channels of a warp
+ROWS = 8  # columns of B: output rows of a warp
+COLUMNS = 16  # positions along w of a warp: one dropout stream
+WINDOW_POSITIONS = (8, 4, 2)  # of them that share a window: as many as keep it short
+SHORT_WINDOW, LONGEST_WINDOW = 10, 24  # slots; 64 accumulators need registers, too
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """Everything a tensor-core kernel is specialised on: all of the problem but the batch.
+
+    Attributes
+    ----------
+    in_channels, out_channels, group_channels : int
+        Channels of x, of the output, and of one group of the normalisation.
+    in_size, out_size : (int, int, int)
+        (D, H, W) of x and of the output.
+    kernel_size, stride, padding, dilation : (int, int, int)
+        (d, h, w).
+    channel_warps, row_warps, column_warps : int
+        How the block's warps share the tile.
+    planes : int
+        Planes of slots in shared memory at a time.
+    values_per_word : int
+        2 halves, or 1 TF32 value.
+    split : bool
+        Whether a second set of planes holds what rounding to halves left over.
+    aligned : bool
+        Whether x and out begin at multiples of 16 bytes.
+    """
+
+    in_channels: int
+    out_channels: int
+    group_channels: int
+    in_size: Triple
+    out_size: Triple
+    kernel_size: Triple
+    stride: Triple
+    padding: Triple
+    dilation: Triple
+    channel_warps: int
+    row_warps: int
+    column_warps: int
+    planes: int
+    values_per_word: int
+    split: bool
+    aligned: bool
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Kernels are looked up by their shape at every launch."""
+        return hash(tuple(getattr(self, name) for name in self.__dataclass_fields__))
+
+    @property
+    def warps(self) -> int:
+        """Warps of a block."""
+        return self.channel_warps * self.row_warps * self.column_warps
+
+    @cached_property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return WARP * self.warps
+
+    @property
+    def blocks_per_processor(self) -> int:
+        """Blocks an SM should hold: 16 warps leave a thread 128 registers, 12 leave it 168.
+
+        Small blocks belong to small problems, which do not fill the GPU either way.
+        """
+        return 2 if self.warps == 8 else 12 // self.warps
+
+    @property
+    def channels(self) -> int:
+        """Output channels of a tile."""
+        return CHANNELS * self.channel_warps
+
+    @property
+    def rows(self) -> int:
+        """Output rows of a tile."""
+        return ROWS * self.row_warps
+
+    @property
+    def columns(self) -> int:
+        """Output columns of a tile."""
+        return COLUMNS * self.column_warps
+
+    @property
+    def tiles(self) -> Triple:
+        """Tiles of a sample along (channels, rows, columns), for each output plane."""
+        return (
+            -(-self.out_channels // self.channels),
+            -(-self.out_size[1] // self.rows),
+            -(-self.out_size[2] // self.columns),
+        )
+
+    @cached_property
+    def tiles_per_sample(self) -> int:
+        """Tiles of a sample."""
+        return self.out_size[0] * math.prod(self.tiles)
+
+    # ---- the input tile -------------------------------------------------------------------
+
+    @property
+    def sources(self) -> int:
+        """(Tap along d, input channel) pairs."""
+        return self.kernel_size[0] * self.in_channels
+
+    @property
+    def plane_sources(self) -> int:
+        """Sources of a plane: two words' worth."""
+        return 2 * self.values_per_word
+
+    @property
+    def chunks(self) -> int:
+        """How many times `planes` planes are loaded to cover all sources."""
+        return -(-self.sources // (self.planes * self.plane_sources))
+
+    @property
+    def window_positions(self) -> int:
+        """Positions along w that share a window."""
+        short = (p for p in WINDOW_POSITIONS if self._slots_under(p) <= SHORT_WINDOW)
+        return next(short, WINDOW_POSITIONS[-1])
+
+    @property
+    def window_slots(self) -> int:
+        """Slots of a window."""
+        return self._slots_under(self.window_positions)
+
+    def _slots_under(self, positions: int) -> int:
+        taps = (self.kernel_size[2] - 1) * self.dilation[2]
+        return (positions - 1) * self.stride[2] + taps + 1
+
+    @property
+    def in_rows(self) -> int:
+        """Input rows under the tile."""
+        taps = (self.kernel_size[1] - 1) * self.dilation[1]
+        return (self.rows - 1) * self.stride[1] + taps + 1
+
+    @property
+    def row_slots(self) -> int:
+        """Slots of an input row: 2 more than a multiple of 4 keeps lanes on banks of their own."""
+        last = (self.columns - self.window_positions) * self.stride[2]
+        return round_up(last + self.window_slots - 2, 4) + 2
+
+    @property
+    def row_words(self) -> int:
+        """Words from one input row to the next."""
+        return 2 * self.row_slots
+
+    @property
+    def plane_words(self) -> int:
+        """Words from one plane to the next, for the banks again: lanes differ in row or plane."""
+        beyond = 8 if self.planes >= 4 else 16
+        return round_up(self.in_rows * self.row_words - beyond, 32) + beyond
+
+    @property
+    def vector(self) -> int:
+        """Values of x copied at once: 4 where its rows begin at multiples of 16 bytes."""
+        return 4 if self.aligned and self.in_size[2] % 4 == 0 else 1
+
+    @property
+    def shift(self) -> int:
+        """Columns staged to the left of the first one needed, so that copies are aligned."""
+        return -self.padding[2] % self.vector
+
+    @property
+    def staged_row(self) -> int:
+        """Values from one staged input row to the next."""
+        return round_up(self.row_slots, 4) + (4 if self.shift else 0)  # load_row takes two quads
+
+    @property
+    def staged_planes(self) -> int:
+        """Staged planes of fp32 input, one a source."""
+        return min(self.planes * self.plane_sources, self.sources)
+
+    # ---- the output tile ------------------------------------------------------------------
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether the tile spans whole output rows, which are contiguous in memory then."""
+        return self.out_size[2] <= self.columns
+
+    @property
+    def out_row(self) -> int:
+        """Values from one staged output row to the next."""
+        return min(self.out_size[2], self.columns)
+
+    @property
+    def store(self) -> int:
+        """Values of the output stored at once."""
+        _, height, width = self.out_size
+        run = height * width if self.whole_rows else width
+        return 4 if self.aligned and run % 4 == 0 else 1
+
+    # ---- shared memory --------------------------------------------------------------------
+
+    @property
+    def words(self) -> int:
+        """Words of the input tile."""
+        return self.planes * self.plane_words * (2 if self.split else 1)
+
+    @property
+    def channel_stride(self) -> int:
+        """Values from one staged output channel to the next."""
+        return round_up(self.rows * self.out_row - 16, 32) + 16
+
+    @property
+    def staging(self) -> int:
+        """Values of the region that stages the input, then half of the output's channels."""
+        staged_input = self.staged_planes * self.in_rows * self.staged_row
+        return max(staged_input, self.channels // 2 * self.channel_stride)
+
+    @cached_property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        return 4 * (self.words + self.staging)
+
+    # ---- the order of the products --------------------------------------------------------
+
+    @property
+    def _rows_left(self) -> tuple[int, int]:
+        """(Plane, tap along h) pairs beyond the blocks of four planes: in windows, in the tail."""
+        rows = self.planes % 4 * self.kernel_size[1]
+        kernel_w = self.kernel_size[2]
+        tail = rows % 4 if -(-(rows % 4) * kernel_w // 4) < kernel_w else 0
+        return rows - tail, tail
+
+    @property
+    def windows(self) -> int:
+        """Windows of a chunk."""
+        return self.planes // 4 * self.kernel_size[1] + -(-self._rows_left[0] // 4)
+
+    @property
+    def tail_steps(self) -> int:
+        """Tail steps of a chunk."""
+        return -(-self._rows_left[1] * self.kernel_size[2] // 4)
+
+    @property
+    def steps(self) -> int:
+        """Matrix instructions per position and chunk."""
+        return self.windows * self.kernel_size[2] + self.tail_steps
+
+    def _row(self, window: int, t: int) -> tuple[int, int] | None:
+        """Plane and tap along h of lane `t` in a window, if there is one."""
+        kernel_h, blocks = self.kernel_size[1], self.planes // 4
+        if window < blocks * kernel_h:
+            return 4 * (window // kernel_h) + t, window % kernel_h
+        item = 4 * (window - blocks * kernel_h) + t
+        plane, tap = 4 * blocks + item // kernel_h, item % kernel_h
+        return (plane, tap) if item < self._rows_left[0] else None
+
+    def _tail(self, step: int, t: int) -> tuple[int, int, int] | None:
+        """Plane and taps along h and w of lane `t` in a tail step, if there are any."""
+        kernel_h, kernel_w = self.kernel_size[1:]
+        item = 4 * step + t
+        row = self._rows_left[0] + item // kernel_w
+        if item >= self._rows_left[1] * kernel_w:
+            return None
+        return self.planes // 4 * 4 + row // kernel_h, row % kernel_h, item % kernel_w
+
+    @cached_property
+    def window_offsets(self) -> np.ndarray:
+        """(windows * 4,): words from a lane's row of x to its part of each window.
+
+        A part that does not exist meets zero weights, but must not bring a NaN of its own: it
+        repeats one that the same outputs have anyway.
+        """
+        parts = [self._row(v, t) or (0, 0) for v in range(self.windows) for t in range(4)]
+        return np.array([self._offset(*part, 0) for part in parts] or [0], np.int32)
+
+    @cached_property
+    def tail_offsets(self) -> np.ndarray:
+        """(tail_steps * 4,): the same for each tail step."""
+        parts = [self._tail(s, t) or (0, 0, 0) for s in range(self.tail_steps) for t in range(4)]
+        return np.array([self._offset(*part) for part in parts] or [0], np.int32)
+
+    def _offset(self, plane: int, tap_h: int, tap_w: int) -> int:
+        row = plane * self.plane_words + tap_h * self.dilation[1] * self.row_words
+        return row + 2 * tap_w * self.dilation[2]
+
+    @cached_property
+    def slots(self) -> np.ndarray:
+        """(steps, 4): ``(plane * KH + tap along h) * KW + tap along w`` of lane `t`, or -1."""
+        kernel_h, kernel_w = self.kernel_size[1:]
+        slots = np.full((self.steps, 4), -1, np.int32)
+        for window, t, w in np.ndindex(self.windows, 4, kernel_w):
+            if (row := self._row(window, t)) is not None:
+                slots[window * kernel_w + w, t] = (row[0] * kernel_h + row[1]) * kernel_w + w
+        for step, t in np.ndindex(self.tail_steps, 4):
+            if (part := self._tail(step, t)) is not None:
+                slot = (part[0] * kernel_h + part[1]) * kernel_w + part[2]
+                slots[self.windows * kernel_w + step, t] = slot
+        return slots
+
+    @property
+    def parts(self) -> int:
+        """Words of A per slot and half of it: the rounded weight, and what rounding left over."""
+        return 2 if self.split else 1
+
+    @cached_property
+    def fragment_words(self) -> int:
+        """Words of A for 16 output channels."""
+        return self.chunks * self.parts * self.steps * WARP * 4
+
+    # ---- the moments ----------------------------------------------------------------------
+
+    @property
+    def record_channels(self) -> int:
+        """Channels whose moments a tile pools: all of one group, and by at most a warp."""
+        spatial_warps = self.row_warps * self.column_warps
+        return math.gcd(self.group_channels, self.channels, WARP // spatial_warps)
+
+    @property
+    def records(self) -> int:
+        """Records of moments of one tile position, over all channels."""
+        return self.out_channels // self.record_channels

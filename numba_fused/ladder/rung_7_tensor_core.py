@@ -1,0 +1,136 @@
+"""Tensor cores from Python: the convolution as matrix instructions on TF32 operands.
+
+``mma.sync`` multiplies a 16 x 8 by an 8 x 8 matrix and adds the product to 16 x 8 sums in fp32,
+one instruction of a warp, 1024 multiply-adds. Its operands are TF32: floats rounded to 10 fraction
+bits, so the relative error is about 3e-4 and the caller has to ask for it with
+``precision="tf32"``. Rows of A are output channels, columns of B output rows; how x comes to lie
+in registers as B is the subject of `device.tile_shape`, what becomes of the sums of
+`device.tensor_tile`.
+
+Launch: a kernel that packs the weights in the order in which lanes want them; then one block a
+        tile, twice as in the rung before: for the statistics, and again for everything.
+Shapes: x (N, C, D, H, W); out flat; partial (N, tiles, 3, K): count, mean, m2 by channel.
+Bytes:  x twice, out once, and small change: packed weights and partial moments.
+Next:   ten bits are not fp32.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from numba import cuda, float32, int32, uint32
+
+from numba_fused.device.tensor_tile import ACCUMULATORS, PLACE_SIZE, tile_functions
+from numba_fused.device.tile_shape import CHANNELS, TileShape
+from numba_fused.ladder.rung import Ledger, Operands
+from numba_fused.ladder.tensor_cores import (
+    LEAST_CAPABILITY,
+    prepare,
+    recompute_ledger,
+    tile_limit,
+)
+from numba_fused.spec import BlockSpec
+
+if TYPE_CHECKING:
+    from numba_fused.device.launch import Launcher
+
+least_capability = LEAST_CAPABILITY
+
+
+def limit(spec: BlockSpec) -> str | None:
+    """As all tiles, and the caller must want TF32."""
+    if spec.precision != "tf32":
+        return "it rounds to TF32: pass precision='tf32'"
+    return tile_limit(spec, values_per_word=1, split=False)
+
+
+@cache
+def kernels(shape: TileShape) -> tuple[Any, Any]:
+    """The two kernels, specialised on a tile's shape."""
+    locate, accumulate, publish_moments, group_statistics, finish, store = tile_functions(shape)
+    warps, words_size = shape.warps, shape.words
+    moments_shape, statistics_shape = (3, warps, CHANNELS), (2, shape.channels)
+    bounds_of_launch = (shape.threads, shape.blocks_per_processor)
+
+    @cuda.jit(launch_bounds=bounds_of_launch)
+    def statistics_kernel(x, fragments, unscale, bias, partial):
+        """Convolve one tile and leave its channels' moments in `partial`."""
+        words, memory = cuda.shared.array(0, uint32), cuda.shared.array(0, float32)
+        staged = memory[words_size:]
+        moments = cuda.shared.array(moments_shape, float32)
+        peaks = cuda.shared.array(warps, uint32)
+        acc = cuda.local.array(ACCUMULATORS, float32)
+        place = cuda.shared.array(PLACE_SIZE, int32)
+        if cuda.threadIdx.x == 0:
+            locate(int32(cuda.blockIdx.x), place)
+        cuda.syncthreads()
+        unscale_x = accumulate(acc, x, fragments, words, staged, peaks, place)
+        publish_moments(acc, unscale_x, unscale, bias, partial, moments, place)
+
+    @cuda.jit(launch_bounds=bounds_of_launch)
+    def apply_kernel(
+        x, fragments, unscale, bias, gamma, beta, partial, out, eps, bounds, seed, dropout
+    ):
+        """Pool the moments of the tile's groups, convolve again, and finish."""
+        words, memory = cuda.shared.array(0, uint32), cuda.shared.array(0, float32)
+        staged = memory[words_size:]
+        statistics = cuda.shared.array(statistics_shape, float32)
+        peaks = cuda.shared.array(warps, uint32)
+        acc = cuda.local.array(ACCUMULATORS, float32)
+        place = cuda.shared.array(PLACE_SIZE, int32)
+        if cuda.threadIdx.x == 0:
+            locate(int32(cuda.blockIdx.x), place)
+        cuda.syncthreads()
+        group_statistics(partial, eps, statistics, place)
+        unscale_x = accumulate(acc, x, fragments, words, staged, peaks, place)
+        finish(acc, unscale_x, unscale, bias, gamma, beta, statistics, place, bounds, seed, dropout)
+        store(acc, staged, out, place)
+
+    return statistics_kernel, apply_kernel
+
+
+def forward(launch: Launcher, operands: Operands) -> None:
+    """Three launches."""
+    two_passes(launch, operands, values_per_word=1, split=False)
+
+
+def two_passes(launch: Launcher, operands: Operands, values_per_word: int, split: bool) -> None:
+    """Pack, statistics, apply, on words of one TF32 value or two halves."""
+    plan, scratch = prepare(launch, operands, values_per_word, split)
+    statistics_kernel, apply_kernel = kernels(plan.shape)
+    block, shared_bytes = plan.shape.threads, plan.shape.shared_bytes
+    launch(
+        statistics_kernel,
+        int(plan.tiles),
+        block,
+        operands.x,
+        scratch.fragments,
+        scratch.unscale,
+        operands.bias,
+        scratch.partial,
+        shared_bytes=shared_bytes,
+    )
+    launch(
+        apply_kernel,
+        int(plan.tiles),
+        block,
+        operands.x,
+        scratch.fragments,
+        scratch.unscale,
+        operands.bias,
+        operands.gamma,
+        operands.beta,
+        scratch.partial,
+        operands.out,
+        operands.eps,
+        plan.bounds,
+        operands.seed,
+        plan.dropout,
+        shared_bytes=shared_bytes,
+    )
+
+
+def ledger(spec: BlockSpec, threads_per_block: int) -> Ledger:
+    """See the lesson."""
+    return recompute_ledger(spec, values_per_word=1, split=False)
