@@ -27,8 +27,9 @@ from numba_fused.device.reductions import (
     MOMENTS_SHAPE,
     add_value,
     block_moments,
-    merge,
+    merge_partials,
     reciprocal_std,
+    store_partial,
 )
 from numba_fused.ladder.rung import (
     Ledger,
@@ -65,9 +66,7 @@ def convolution_moments_kernel(x, weight, bias, z, partial, group_size, num_grou
             count, mean, m2 = add_value(count, mean, m2, value)
     count, mean, m2 = block_moments(count, mean, m2, scratch)
     if cuda.threadIdx.x == 0:
-        partial[0, cuda.blockIdx.x] = count
-        partial[1, cuda.blockIdx.x] = mean
-        partial[2, cuda.blockIdx.x] = m2
+        store_partial(partial, cuda.blockIdx.x, count, mean, m2)
 
 
 @cuda.jit(launch_bounds=LAUNCH_BOUNDS)
@@ -91,11 +90,8 @@ def merge_and_apply_kernel(
     tile = cuda.blockDim.x * ELEMENTS_PER_THREAD
     blocks_per_group = (group_size + tile - 1) // tile
     group, block = cuda.blockIdx.x // blocks_per_group, cuda.blockIdx.x % blocks_per_group
-    count = z.dtype.type(0)
-    mean, m2 = count, count
-    for b in range(cuda.threadIdx.x, blocks_per_group, cuda.blockDim.x):
-        p = group * blocks_per_group + b
-        count, mean, m2 = merge(count, mean, m2, partial[0, p], partial[1, p], partial[2, p])
+    own, stop = group * blocks_per_group, (group + 1) * blocks_per_group
+    count, mean, m2 = merge_partials(partial, own + cuda.threadIdx.x, stop, cuda.blockDim.x)
     count, mean, m2 = block_moments(count, mean, m2, scratch)
     rstd = reciprocal_std(count, m2, eps)
 
