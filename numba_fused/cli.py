@@ -6,6 +6,7 @@ Exit status: 0 fine, 1 a check failed, 2 bad usage.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 from collections import Counter
@@ -24,6 +25,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from numba_fused.demo import Line
     from numba_fused.environment import Environment
+    from numba_fused.profile import KernelCounters
     from numba_fused.verify import Case, Result
 
 app = typer.Typer(
@@ -309,13 +311,27 @@ def _print_environment(found: Environment) -> None:
 
 @app.command()
 def bench(
-    case: Annotated[str, typer.Option(help="Name of the benchmark case.")] = "kb83",
+    case: Annotated[
+        list[str] | None,
+        typer.Option(help="Case, kb83-bN for a batch of N, or all; may be repeated.  [kb83]"),
+    ] = None,
     variant: Annotated[
         list[str] | None,
-        typer.Option("--variant", help="Only this rung, or torch.compile; may be repeated."),
+        typer.Option(help="Only this rung, torch.compile or auto; may be repeated."),
+    ] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="ieee or tf32; may be repeated.  [ieee]")
     ] = None,
     threads_per_block: Annotated[int, typer.Option(help="32 to 1024, a multiple of 32.")] = 256,
-    out: Annotated[Path | None, typer.Option(help="CSV file the rows are added to.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File the rows are added to: .csv or .parquet.")
+    ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VARIANT[:KERNEL]", help="Do not time; count, as numba-fused profile does."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Time rungs on the GPU beside eager PyTorch and torch.compile, checked before and after."""
@@ -324,78 +340,172 @@ def bench(
 
     with usage_errors():
         check_threads_per_block(threads_per_block)
-        chosen = bench.check_usage(case, variant)
-        if out is not None and out.exists():
-            results.read(out)
-    rows = []
-    with progress(len(chosen), f"timing {case}") as advance:
-        for row in bench.run(case, chosen, threads_per_block):
-            rows.append(row)
-            if out is not None:
-                results.append([row], out)
-            advance()
+        runs = list(itertools.product(bench.case_names(case or ["kb83"]), precision or ["ieee"]))
+    if profile is not None:
+        counted, _, kernel = profile.partition(":")
+        for name, arithmetic in runs:
+            _profile(name, counted, kernel, arithmetic, as_json)
+        return
+    chosen = variant or results.variants()
+    with usage_errors():
+        for name, arithmetic in runs:
+            bench.check_usage(name, chosen, arithmetic)
+        if out is not None:
+            results.check_file(out)
+    timed = []
+    with progress(len(runs) * len(chosen), f"timing {len(runs)} x {len(chosen)}") as advance:
+        for name, arithmetic in runs:
+            rows = []
+            for row in bench.run(name, chosen, threads_per_block, arithmetic):
+                rows.append(row)
+                if out is not None:
+                    results.append([row], out)
+                advance()
+            timed.append(rows)
     if as_json:
-        print_json(rows)
+        print_json([row for rows in timed for row in rows])
     else:
-        _print_timed(rows)
-    leave(all(row["status"] != "failed" for row in rows))
+        for rows in timed:
+            _print_timed(rows)
+        if len(timed) > 1:
+            _print_compared(timed)
+    leave(all(row["status"] != "failed" for rows in timed for row in rows))
 
 
 def _print_timed(rows: list[dict[str, Any]]) -> None:
-    from numba_fused.results import times_faster
+    from numba_fused.results import COMPILED, EAGER, label, times_faster
 
     first = rows[0]
-    console.print(f"{first['case']} on {first['gpu']}: memory floor {first['floor_ms']:.3f} ms")
-    columns = (
-        "ms",
-        "p20-p80",
-        "GB/s",
-        "% of\nfloor",
-        "x\neager",
-        "x\ncompile",
-        "error",
-        "host\nus",
-    )
+    floor, moved = first.get("floor_ms"), first["compulsory_bytes"]
+    bound = f": memory floor {floor:.3f} ms for {moved / 1e6:,.0f} MB" if floor else ""
+    console.print(f"{first['case']} {first['precision']} on {first['gpu']}{bound}")
+    columns = ("ms", "GB/s", "% of\nfloor", "x\neager", "x\ncompile", "error", "host\nus")
     table = numbers_table("variant", columns, "status")
     for row in rows:
-        middle, moved = row.get("p50_ms"), row.get("ledger_bytes")
-        spread = f"{row['p20_ms']:.3f}-{row['p80_ms']:.3f}" if middle else ""
-        status = f"{row['status']}: {row['reason']}" if row.get("reason") else row["status"]
+        middle = row.get("p50_ms")
         table.add_row(
-            row["variant"],
+            label(row),
             number(middle, ".3f"),
-            spread,
-            number(moved / middle / 1e6 if middle and moved else None, ",.0f"),
-            number(100 * row["floor_ms"] / middle if middle else None, ".0f"),
-            number(times_faster(row, rows, "torch"), ".2f"),
-            number(times_faster(row, rows, "torch.compile"), ".2f"),
+            number(moved / middle / 1e6 if middle else None, ",.0f"),
+            number(100 * floor / middle if middle and floor else None, ".0f"),
+            number(times_faster(row, rows, EAGER), ".2f"),
+            number(times_faster(row, rows, COMPILED), ".2f"),
             number(row.get("error"), ".1e"),
             number(row.get("host_us"), ".0f"),
-            verdict_text(status),
+            verdict_text(row["status"]),
         )
+    console.print(table)
+    for row in rows:
+        if row.get("reason"):
+            console.print(f"{row['variant']} {row['status']}: {row['reason']}", markup=False)
+
+
+def _print_compared(timed: list[list[dict[str, Any]]]) -> None:
+    from numba_fused.results import compare, verdict
+
+    comparisons = [compare(rows) for rows in timed]
+    columns = ("floor\nms", "eager\nms", "compile\nms", "auto\nms", "x\neager", "x faster\nof both")
+    table = numbers_table("case", columns, "auto runs")
+    for c in comparisons:
+        times = (c.floor_ms, c.eager_ms, c.compile_ms, c.auto_ms)
+        ratios = (c.times_eager, c.times_best)
+        cells = [*(number(t, ".3f") for t in times), *(number(r, ".2f") for r in ratios)]
+        table.add_row(f"{c.case} {c.precision}", *cells, c.runs)
+    console.print(table)
+    for precision in dict.fromkeys(c.precision for c in comparisons):
+        said = verdict([c for c in comparisons if c.precision == precision])
+        console.print(f"{precision}: {said}", markup=False)
+
+
+@app.command()
+def profile(
+    case: Annotated[str, typer.Argument(help="Name of the benchmark case.")],
+    variant: Annotated[str, typer.Argument(help="A rung, torch.compile or auto.")],
+    kernel: Annotated[str, typer.Option(help="Only kernels with this in their name.")] = "",
+    precision: Annotated[str, typer.Option(help="ieee or tf32.")] = "ieee",
+    as_json: AsJson = False,
+) -> None:
+    """Run one call under ncu and show, kernel by kernel, the counters that matter."""
+    _profile(case, variant, kernel, precision, as_json)
+
+
+def _profile(case: str, variant: str, kernel: str, precision: str, as_json: bool) -> None:
+    from numba_fused import profile
+
+    with usage_errors():
+        counters = profile.run(case, variant, kernel, precision)
+        ledger = profile.ledger_bytes(case, variant, precision)
+    if as_json:
+        print_json([{"ledger_bytes": ledger, **launch.to_dict()} for launch in counters])
+        return
+    moved = sum((c.dram_read or 0) + (c.dram_written or 0) for c in counters)
+    predicted = f"; the whole call by its ledger: {ledger / 1e6:,.1f} MB" if ledger else ""
+    console.print(f"{variant} on {case}, {precision}: DRAM {moved / 1e6:,.1f} MB{predicted}")
+    fitting = max(1, (console.width - 24) // 18)
+    for start in range(0, len(counters), fitting):
+        _print_counters(counters[start : start + fitting])
+
+
+PROFILE_LINES = (
+    ("time, us", "nanoseconds", 1e-3, ",.1f"),
+    ("DRAM read, MB", "dram_read", 1e-6, ",.1f"),
+    ("DRAM written, MB", "dram_written", 1e-6, ",.1f"),
+    ("DRAM GB/s", "dram_gb_per_s", 1, ",.0f"),
+    ("L2 hits, %", "l2_hit_rate", 1, ".1f"),
+    ("issue slots busy, %", "issue_active", 1, ".1f"),
+    ("IPC per SM", "ipc", 1, ".2f"),
+    ("tensor pipe, %", "tensor_pipe", 1, ".1f"),
+    ("FMA pipe, %", "fma_pipe", 1, ".1f"),
+    ("ALU pipe, %", "alu_pipe", 1, ".1f"),
+    ("shared wavefronts, M", "shared_wavefronts", 1e-6, ",.2f"),
+    ("bank conflicts, M", "bank_conflicts", 1e-6, ",.2f"),
+    ("occupancy, %", "occupancy", 1, ".1f"),
+    ("registers a thread", "registers", 1, ".0f"),
+    ("shared a block, KB", "shared_bytes", 1e-3, ",.1f"),
+)
+
+
+def _print_counters(counters: list[KernelCounters]) -> None:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("kernel", no_wrap=True)
+    for launch in counters:
+        table.add_column(escape(launch.kernel), justify="right", overflow="fold", max_width=16)
+    for heading, field, scale, form in PROFILE_LINES:
+        values = (getattr(launch, field) for launch in counters)
+        table.add_row(heading, *(number(None if v is None else v * scale, form) for v in values))
+    table.add_row("most waited for", *(launch.top_stall or "" for launch in counters))
+    table.add_row("grid", *(launch.grid for launch in counters))
+    table.add_row("block", *(launch.block for launch in counters))
     console.print(table)
 
 
 @app.command()
 def plot(
-    rows: Annotated[Path, typer.Option(help="CSV file of rows.")] = Path("plots/data/ladder.csv"),
+    rows: Annotated[Path, typer.Option(help="File of rows, .csv or .parquet.")] = Path(
+        "plots/data/ladder.csv"
+    ),
     case: Annotated[str, typer.Option(help="Case to draw.")] = "kb83",
+    precision: Annotated[str, typer.Option(help="ieee or tf32.")] = "ieee",
     out: Annotated[Path, typer.Option(help="Where the figure goes (.png or .svg).")] = Path(
         "plots/ladder.png"
     ),
     readme: Annotated[
-        Path | None, typer.Option(help="Also put the table into this README, between its markers.")
+        Path | None,
+        typer.Option(help="Also put the tables into this README, between their markers."),
     ] = None,
 ) -> None:
     """Draw the ladder from measured rows: time per rung, the floor, eager and torch.compile."""
     from numba_fused import plot, results
 
     with usage_errors():
-        chosen = results.latest(results.read(rows), case)
+        frame = results.read(rows)
+        chosen = results.latest(frame, case, precision)
         plot.save(plot.ladder_figure(chosen), out)
         console.print(f"drew {out}", markup=False, soft_wrap=True)
         if readme is not None:
-            changed = plot.update_readme(readme, chosen)
+            every_case = list(results.newest(frame, precision).values())
+            tables = {"ladder": plot.ladder_table(chosen), "cases": plot.cases_table(every_case)}
+            changed = plot.update_readme(readme, tables)
             outcome = "updated" if changed else "was up to date"
             console.print(f"{readme} {outcome}", markup=False, soft_wrap=True)
 

@@ -6,7 +6,7 @@ every time, so that a figure changes in git only when its rows do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from numba_fused.results import Row, times_faster
+from numba_fused.results import Comparison, Row, compare, label, times_faster, verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -148,16 +148,16 @@ def ladder_figure(rows: Sequence[Row]) -> Figure:
                 va="center",
             )
             if row["variant"] in BASELINES:
-                label, colour = BASELINES[row["variant"]]
-                ax.axvline(row["p50_ms"], color=colour, ls=":", lw=2, label=label)
+                name, colour = BASELINES[row["variant"]]
+                ax.axvline(row["p50_ms"], color=colour, ls=":", lw=2, label=name)
         ax.axvline(first["floor_ms"], color=VERMILION, ls="--", lw=2, label="memory floor")
-        ax.set_yticks(range(len(timed)), [row["variant"] for row in timed])
+        ax.set_yticks(range(len(timed)), [label(row) for row in timed])
         ax.invert_yaxis()
         ax.set_xscale("log")
         ax.set_xlim(first["floor_ms"] / 1.5, 2 * max(row["p80_ms"] for row in timed))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ax.set_xlabel("GPU time of one call (ms, log scale)")
-        title = f"{first['case']}: {first['x_shape']}, {first['dtype']}, {first['gpu']}"
+        title = f"{first['case']}: {first['x_shape']}, {_arithmetic(first)}, {first['gpu']}"
         ax.set_title(title, fontsize=13)
         handles, labels = ax.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
@@ -185,12 +185,10 @@ def check_suffix(path: Path) -> None:
         raise ValueError(f"a figure is saved as .png or .svg, but got {path.name!r}")
 
 
-# ---- the README's table -----------------------------------------------------------------------
-
-BEGIN, END = "<!-- ladder:begin -->", "<!-- ladder:end -->"
+# ---- the README's tables ----------------------------------------------------------------------
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
+def ladder_table(rows: Sequence[Row]) -> str:
     """The ladder of one case as a Markdown table, with where it was measured."""
     first = rows[0]
     lines = [
@@ -200,11 +198,11 @@ def markdown_table(rows: Sequence[Row]) -> str:
     for row in rows:
         if row["status"] != "ok":
             why = f"{row['status']}: {row['reason']}".replace("|", "\\|")
-            lines.append(f"| {row['variant']} | {why} | | | | | |")
+            lines.append(f"| {label(row)} | {why} | | | | | |")
             continue
         ledger = row["ledger_bytes"]
         cells = (
-            row["variant"],
+            label(row),
             f"{row['p50_ms']:.3g}",
             _cell(times_faster(row, rows, "torch"), ".2f"),
             _cell(times_faster(row, rows, "torch.compile"), ".2f"),
@@ -216,7 +214,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
     lines += [
         "",
         f"Case {first['case']}: x {first['x_shape']}, weight {first['weight_shape']}, "
-        f"{first['num_groups']} groups, {first['dtype']}, dropout {first['dropout_p']:g}, "
+        f"{first['num_groups']} groups, {_arithmetic(first)}, dropout {first['dropout_p']:g}, "
         f"non-degenerate bounds. Medians on one {first['gpu']}, torch {first['torch']}, "
         f"numba-cuda {first['numba_cuda']}, {str(first['utc'])[:10]}. "
         f"The {first['compulsory_bytes'] / 1e6:.0f} MB that must be moved take "
@@ -225,23 +223,62 @@ def markdown_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def update_readme(path: str | Path, rows: Sequence[Row]) -> bool:
-    """Put `markdown_table` between the markers of a README; whether that changed the file.
+def cases_table(rows_of_cases: Sequence[Sequence[Row]]) -> str:
+    """`auto` against PyTorch on every case, as a Markdown table with its sum in words."""
+    comparisons = [compare(rows) for rows in rows_of_cases]
+    lines = [
+        "| case | floor ms | eager ms | compile ms | auto ms | runs | x eager | x faster of both |",
+        "|---|--:|--:|--:|--:|---|--:|--:|",
+        *map(_case_line, comparisons),
+    ]
+    first = rows_of_cases[0][0]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{_arithmetic(first)}, one {first['gpu']}, torch {first['torch']}, "
+            f"numba-cuda {first['numba_cuda']}, {str(first['utc'])[:10]}: {verdict(comparisons)}.",
+        ]
+    )
+
+
+def _case_line(comparison: Comparison) -> str:
+    c = comparison
+    times = (c.floor_ms, c.eager_ms, c.compile_ms, c.auto_ms)
+    ratios = (c.times_eager, c.times_best)
+    cells = [c.case, *(_cell(t, ".3g") for t in times), c.runs, *(_cell(r, ".2f") for r in ratios)]
+    return f"| {' | '.join(cells)} |"
+
+
+def markers(table: str) -> tuple[str, str]:
+    """What stands before and after a table in the README."""
+    return f"<!-- {table}:begin -->", f"<!-- {table}:end -->"
+
+
+def update_readme(path: str | Path, tables: Mapping[str, str]) -> bool:
+    """Put tables, by name, between their markers in a README; whether that changed the file.
+
+    Tables whose markers the README lacks are left out of it.
 
     Raises
     ------
     ValueError
-        The markers are not there.
+        It has the markers of no table.
     """
     path = Path(path)
-    text = path.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{path} lacks the markers {BEGIN} and {END}")
-    head, _, rest = text.partition(BEGIN)
-    tail = rest.partition(END)[2]
-    new = f"{head}{BEGIN}\n{markdown_table(rows)}\n{END}{tail}"
+    text = new = path.read_text()
+    places = {name: markers(name) for name in tables if all(m in text for m in markers(name))}
+    if not places:
+        raise ValueError(f"{path} lacks the markers {' and '.join(markers(next(iter(tables))))}")
+    for name, (begin, end) in places.items():
+        head, _, rest = new.partition(begin)
+        new = f"{head}{begin}\n{tables[name]}\n{end}{rest.partition(end)[2]}"
     path.write_text(new)
     return new != text
+
+
+def _arithmetic(row: Row) -> str:
+    return f"{row['dtype']} with TF32" if row["precision"] == "tf32" else row["dtype"]
 
 
 def _cell(value: float | None, form: str) -> str:

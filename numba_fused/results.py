@@ -1,16 +1,20 @@
 """Rows: every measurement is one, with everything needed to doubt it.
 
-A row is a flat dict with the keys of `COLUMNS`; a file of rows is CSV. A case that failed or
-could not run is a row too, with its reason.
+A row is a flat dict with the keys of `COLUMNS`; a file of rows is CSV, or parquet if its name ends
+in ``.parquet``. A case that failed or could not run is a row too, with its reason. What follows
+from other columns (rates, ratios) is not stored.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import platform
+import statistics
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,11 +25,12 @@ Row: TypeAlias = dict[str, Any]
 
 DATA = Path("plots/data")
 LADDER = DATA / "ladder.csv"
-COMPILED = "torch.compile"
+EAGER, COMPILED, AUTO = "torch", "torch.compile", "auto"
 
 COLUMNS = {
     "case": "name of the benchmark case",
-    "variant": "rung, or torch.compile",
+    "variant": "rung, torch.compile, or auto",
+    "runs": "the rung that auto chose",
     "status": "ok, failed (wrong or crashed) or skipped (cannot run)",
     "reason": "why it failed or was skipped",
     "x_shape": "N x C x spatial",
@@ -33,11 +38,13 @@ COLUMNS = {
     "num_groups": "groups of the normalisation",
     "dropout_p": "probability of a drop; 0 when not training",
     "dtype": "float32 or float64",
+    "precision": "ieee (no TF32, in PyTorch neither) or tf32 (PyTorch's default for convolutions)",
     "threads_per_block": "launch configuration; empty where the variant has its own",
     "p20_ms": "GPU time of one call, 20th percentile, milliseconds",
     "p50_ms": "the same, median",
     "p80_ms": "the same, 80th percentile",
-    "host_us": "time the call keeps the host busy, microseconds, median",
+    "host_us": "time a call of the public function keeps the host busy, microseconds, median",
+    "peak_extra_bytes": "most device memory one call holds besides its inputs and its output",
     "method": "graph (CUDA-graph replays) or launches (batches of calls)",
     "samples": "timed replays behind the percentiles",
     "input_sets": "sets of inputs rotated through, so that L2 is cold",
@@ -47,7 +54,7 @@ COLUMNS = {
     "copy_gb_per_s": "read plus written by a large copy on this GPU, same run, 1e9 bytes/s",
     "floor_ms": "compulsory_bytes at that rate, milliseconds",
     "error": "relative L2 error against fp64, worst of before and after timing",
-    "torch_error": "PyTorch's own error in the same dtype, on the same inputs",
+    "torch_error": "PyTorch's own error in the same dtype and precision, on the same inputs",
     "error_bound": "largest error that passes",
     "gpu": "name of the GPU",
     "driver": "NVIDIA driver",
@@ -63,28 +70,40 @@ COLUMNS = {
 
 
 def variants() -> list[str]:
-    """What can be timed: every rung, and torch.compile beside eager PyTorch."""
+    """What can be timed: every rung, torch.compile beside eager PyTorch, and auto."""
     from numba_fused import ladder
 
     names = ladder.names()
-    return [names[0], COMPILED, *names[1:]]
+    return [names[0], COMPILED, *names[1:], AUTO]
 
 
 def provenance() -> Row:
     """The columns that say where and with what a row was made."""
     import torch
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return {
-        "gpu": gpu,
+        "gpu": gpu_name(),
         "driver": driver_version(),
         "cuda": torch.version.cuda or "",
         "python": platform.python_version(),
         "torch": torch.__version__,
         **{name.replace("-", "_"): version(name) for name in ("numba", "numba-cuda", "numpy")},
         "commit": commit(),
-        "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "utc": now(),
     }
+
+
+def now() -> str:
+    """UTC time to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+@functools.cache  # a GPU that was lost meanwhile no longer says its name
+def gpu_name() -> str:
+    """Name of the current GPU; empty without one."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
 def version(distribution: str) -> str:
@@ -124,27 +143,42 @@ def _output(command: list[str]) -> str:
     return done.stdout.strip()
 
 
+# ---- files ------------------------------------------------------------------------------------
+
+
 def append(rows: Iterable[Mapping[str, Any]], path: str | Path) -> None:
-    """Add rows to a CSV file, which is created if need be.
+    """Add rows to a file, which is created if need be.
 
     Raises
     ------
     ValueError
         A row has a key that is no column, or the file was written with other columns.
+    RuntimeError
+        The file is parquet and pyarrow is not installed.
     """
     path, rows = Path(path), list(rows)
     unknown = {key for row in rows for key in row} - COLUMNS.keys()
     if unknown:
         raise ValueError(f"no such columns: {', '.join(sorted(unknown))}; see results.COLUMNS")
-    if path.exists():
-        read(path)  # refuses a file of another layout before anything is added to it
+    check_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    frame.to_csv(path, mode="a", header=not path.exists(), index=False)
+    if is_parquet(path):
+        _append_parquet(frame, path)
+    else:
+        frame.to_csv(path, mode="a", header=not path.exists(), index=False)
+
+
+def check_file(path: Path) -> None:
+    """Raise what `append` would raise, before anything is measured for the file."""
+    if is_parquet(path):
+        _need_pyarrow()
+    if path.exists():
+        read(path)
 
 
 def read(path: str | Path) -> pd.DataFrame:
-    """Rows of a CSV file.
+    """Rows of a file.
 
     Raises
     ------
@@ -152,8 +186,20 @@ def read(path: str | Path) -> pd.DataFrame:
         There is no such file.
     ValueError
         Its columns are not `COLUMNS`.
+    RuntimeError
+        The file is parquet and pyarrow is not installed.
     """
-    frame = pd.read_csv(path, keep_default_na=False, na_values=[""], dtype={"reason": "string"})
+    path = Path(path)
+    if is_parquet(path):
+        _need_pyarrow()
+        frame = pd.read_parquet(path)
+    else:
+        frame = pd.read_csv(
+            path,
+            keep_default_na=False,
+            na_values=[""],
+            dtype={"reason": "string", "runs": "string"},
+        )
     if list(frame.columns) != list(COLUMNS):
         missing = sorted(set(COLUMNS) ^ set(frame.columns))
         raise ValueError(
@@ -163,7 +209,55 @@ def read(path: str | Path) -> pd.DataFrame:
     return frame
 
 
-def latest(frame: pd.DataFrame, case: str) -> list[Row]:
+def is_parquet(path: Path) -> bool:
+    """Whether a file of that name holds parquet; all others hold CSV."""
+    return path.suffix == ".parquet"
+
+
+def _append_parquet(frame: pd.DataFrame, path: Path) -> None:
+    """Parquet cannot grow in place: write all rows anew beside the file, then replace it."""
+    # Without the columns that are empty, whose type would be anyone's guess.
+    parts = [read(path)] if path.exists() else []
+    whole = pd.concat([part.dropna(axis="columns", how="all") for part in (*parts, frame)])
+    beside = path.with_name(f"{path.name}.new")
+    whole.reindex(columns=list(COLUMNS)).to_parquet(beside, index=False)
+    beside.replace(path)
+
+
+def _need_pyarrow() -> None:
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError:
+        raise RuntimeError(
+            "rows in parquet need pyarrow: pip install 'numba_fused[parquet]', or name a .csv file"
+        ) from None
+
+
+# ---- choosing and comparing rows --------------------------------------------------------------
+
+
+def newest(frame: pd.DataFrame, precision: str = "ieee") -> dict[str, list[Row]]:
+    """The newest row of each case and variant, by case, variants in ladder order.
+
+    Cases come in the order they were measured in; empty cells are None.
+    """
+    found: dict[str, dict[str, Row]] = {}
+    for record in frame.to_dict("records"):
+        row: Row = {str(key): None if pd.isna(value) else value for key, value in record.items()}
+        if row["precision"] != precision:
+            continue
+        of_case, variant = found.setdefault(row["case"], {}), row["variant"]
+        if variant not in of_case or row["utc"] >= of_case[variant]["utc"]:
+            of_case[variant] = row
+    return {case: [rows[name] for name in _in_order(rows)] for case, rows in found.items()}
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    known = variants()
+    return sorted(names, key=lambda n: (known.index(n) if n in known else len(known), n))
+
+
+def latest(frame: pd.DataFrame, case: str, precision: str = "ieee") -> list[Row]:
     """The newest row of each variant of a case, in ladder order, torch.compile after torch.
 
     Empty cells are None.
@@ -171,23 +265,85 @@ def latest(frame: pd.DataFrame, case: str) -> list[Row]:
     Raises
     ------
     ValueError
-        There is no row of that case.
+        There is no row of that case in that precision.
     """
-    newest: dict[str, Row] = {}
-    for record in frame.to_dict("records"):
-        row: Row = {str(key): None if pd.isna(value) else value for key, value in record.items()}
-        variant = str(row["variant"])
-        newer = variant not in newest or row["utc"] >= newest[variant]["utc"]
-        if row["case"] == case and newer:
-            newest[variant] = row
-    if not newest:
-        known = ", ".join(sorted(set(frame["case"]))) or "none"
-        raise ValueError(f"no rows of case {case!r}; there are rows of: {known}")
-    names = [name for name in variants() if name in newest]
-    return [newest[name] for name in [*names, *sorted(newest.keys() - set(names))]]
+    found = newest(frame, precision)
+    if case not in found:
+        known = ", ".join(sorted(found)) or "none"
+        raise ValueError(f"no {precision} rows of case {case!r}; there are rows of: {known}")
+    return found[case]
+
+
+def label(row: Row) -> str:
+    """A row's variant as figures and tables name it: with what auto chose."""
+    return f"{AUTO}: {row['runs']}" if row.get("runs") else row["variant"]
 
 
 def times_faster(row: Row, rows: Iterable[Row], baseline: str) -> float | None:
     """How many times faster than `baseline` a row is; None where either has no time."""
-    base = next((r["p50_ms"] for r in rows if r["variant"] == baseline and r.get("p50_ms")), None)
+    base = _milliseconds(rows, baseline)
     return base / row["p50_ms"] if base and row.get("p50_ms") else None
+
+
+def _milliseconds(rows: Iterable[Row], variant: str) -> float | None:
+    times = (r["p50_ms"] for r in rows if r["variant"] == variant and r["status"] == "ok")
+    return next(times, None)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`auto` against PyTorch on one case: milliseconds, None where there is no valid time.
+
+    Attributes
+    ----------
+    case, precision : str
+    runs : str
+        The rung that auto chose; empty if auto was not timed.
+    floor_ms, eager_ms, compile_ms, auto_ms : float or None
+    """
+
+    case: str
+    precision: str
+    runs: str
+    floor_ms: float | None
+    eager_ms: float | None
+    compile_ms: float | None
+    auto_ms: float | None
+
+    @property
+    def times_eager(self) -> float | None:
+        """How many times faster than eager PyTorch auto is."""
+        return self.eager_ms / self.auto_ms if self.eager_ms and self.auto_ms else None
+
+    @property
+    def times_best(self) -> float | None:
+        """The same against the faster of eager and torch.compile."""
+        known = [time for time in (self.eager_ms, self.compile_ms) if time]
+        return min(known) / self.auto_ms if known and self.auto_ms else None
+
+
+def compare(rows: Sequence[Row]) -> Comparison:
+    """The comparison of one case, from its rows."""
+    auto = next((row for row in rows if row["variant"] == AUTO), {})
+    return Comparison(
+        case=rows[0]["case"],
+        precision=rows[0]["precision"],
+        runs=auto.get("runs") or "",
+        floor_ms=rows[0].get("floor_ms"),
+        eager_ms=_milliseconds(rows, EAGER),
+        compile_ms=_milliseconds(rows, COMPILED),
+        auto_ms=_milliseconds(rows, AUTO),
+    )
+
+
+def verdict(comparisons: Sequence[Comparison]) -> str:
+    """One sentence: how much faster auto is on the whole, and where it is slower."""
+    ratios = [c.times_eager for c in comparisons if c.times_eager]
+    if not ratios:
+        return "auto cannot be compared: no case has a time of it and of eager PyTorch"
+    slower = [c.case for c in comparisons if c.times_best and c.times_best < 1]
+    return (
+        f"auto is {statistics.geometric_mean(ratios):.2f} times faster than eager PyTorch, in the "
+        f"geometric mean of {len(ratios)} case{'s' * (len(ratios) > 1)}; slower than the faster of "
+        f"eager and torch.compile on: {', '.join(slower) or 'none'}"
+    )

@@ -2,18 +2,21 @@
 
 import os
 import re
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
 import pytest
 import torch
 
-from numba_fused import bench, ladder, plot, results
+from numba_fused import bench, ladder, ops, plan, plot, profile, results
 from numba_fused.reference import chain
 from numba_fused.results import Row
-from numba_fused.verify import cases
+from numba_fused.verify import Tensors, cases, mask_of, poisoned, yardstick
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,6 +34,7 @@ def row(
         "num_groups": 8,
         "dropout_p": 0.2,
         "dtype": "float32",
+        "precision": "ieee",
         "p20_ms": p50_ms and 0.9 * p50_ms,
         "p50_ms": p50_ms,
         "p80_ms": p50_ms and 1.1 * p50_ms,
@@ -59,13 +63,32 @@ ROWS = [
 # ---- rows -------------------------------------------------------------------------------------
 
 
-def test_rows_survive_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "data" / "rows.csv"
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_rows_survive_the_file(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / "data" / f"rows.{suffix}"
     results.append(ROWS[:3], path)
     results.append(ROWS[3:], path)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
     back = results.latest(results.read(path), "kb83")
     wanted = [dict.fromkeys(results.COLUMNS) | r for r in ROWS]
     assert back == wanted
+
+
+def test_parquet_without_pyarrow_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(RuntimeError, match=r"numba_fused\[parquet\]"):
+        results.check_file(tmp_path / "rows.parquet")
+    results.check_file(tmp_path / "rows.csv")
+
+
+def test_precisions_do_not_mix(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    results.append([*ROWS, row("torch", 1.7, utc="2026-03-01T00:00:00", precision="tf32")], path)
+    frame = results.read(path)
+    assert [r["p50_ms"] for r in results.latest(frame, "kb83", "tf32")] == [1.7]
+    assert results.latest(frame, "kb83")[0]["p50_ms"] == 3.4
 
 
 def test_newest_row_wins_and_rungs_come_in_order(tmp_path: Path) -> None:
@@ -88,13 +111,15 @@ def test_file_of_another_layout_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("case,variant\nkb83,torch\n")
     with pytest.raises(ValueError, match="other columns"):
+        results.check_file(path)
+    with pytest.raises(ValueError, match="other columns"):
         results.append(ROWS, path)
     assert path.read_text() == "case,variant\nkb83,torch\n"
 
 
 def test_case_without_rows_names_those_there_are() -> None:
     frame = pd.DataFrame([dict.fromkeys(results.COLUMNS) | ROWS[0]])
-    with pytest.raises(ValueError, match="'kb84'; there are rows of: kb83"):
+    with pytest.raises(ValueError, match="no ieee rows of case 'kb84'; there are rows of: kb83"):
         results.latest(frame, "kb84")
 
 
@@ -111,6 +136,22 @@ def test_times_faster() -> None:
     assert results.times_faster(ROWS[1], ROWS, "torch") == pytest.approx(3.4 / 2.3)
     assert results.times_faster(ROWS[4], ROWS, "torch") is None
     assert results.times_faster(ROWS[1], ROWS[1:], "torch") is None
+    wrong = row("torch", 3.4, status="failed")
+    assert results.times_faster(ROWS[1], [wrong], "torch") is None
+
+
+def test_auto_is_compared_with_the_faster_of_eager_and_compile() -> None:
+    fast = results.compare([*ROWS, row("auto", 1.0, runs="split")])
+    assert (fast.times_eager, fast.times_best, fast.runs) == (3.4, 2.3, "split")
+    slow = results.compare([*ROWS, row("auto", 2.5, runs="split")])
+    slow = replace(slow, case="kb83-v0")
+    said = results.verdict([fast, slow])
+    mean = (3.4 * 3.4 / 2.5) ** 0.5
+    assert f"{mean:.2f} times faster than eager PyTorch" in said
+    assert said.endswith("slower than the faster of eager and torch.compile on: kb83-v0")
+    untimed = results.compare(ROWS)
+    assert untimed.times_eager is untimed.times_best is None
+    assert "cannot be compared" in results.verdict([untimed])
 
 
 # ---- figures and the table --------------------------------------------------------------------
@@ -155,43 +196,313 @@ def test_figure_without_times_or_of_unknown_format_is_refused(tmp_path: Path) ->
         plot.save(plot.ladder_figure(ROWS), tmp_path / "ladder.jpg")
 
 
-def test_markdown_table() -> None:
-    lines = plot.markdown_table(ROWS).splitlines()
+def test_ladder_table() -> None:
+    rows = [*ROWS, row("auto", 1.0, runs="split")]
+    lines = plot.ladder_table(rows).splitlines()
     assert lines[2].startswith("| torch | 3.4 | 1.00 | 0.68 | 2.3e-07 | 2 | 1000 |")
     assert lines[4].startswith("| unfused | 20 | 0.17 | 0.11 |")
     assert "skipped: needs" in lines[6]
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines[:7]} == {8}
+    assert lines[7].startswith("| auto: split | 1 |")
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines[:8]} == {8}
     assert "Test GPU" in lines[-1]
+    assert "float32," in lines[-1]
+    assert "float32 with TF32," in plot.ladder_table([row("torch", 1.0, precision="tf32")])
 
 
-def test_readme_keeps_all_but_the_table(tmp_path: Path) -> None:
+def test_cases_table() -> None:
+    other = [row("torch", 1.0, case="kb83-v0"), row("auto", 2.0, case="kb83-v0", runs="torch")]
+    lines = plot.cases_table([[*ROWS, row("auto", 1.0, runs="split")], other]).splitlines()
+    assert lines[2] == "| kb83 | 0.129 | 3.4 | 2.3 | 1 | split | 3.40 | 2.30 |"
+    assert lines[3] == "| kb83-v0 | 0.129 | 1 |  | 2 | torch | 0.50 | 0.50 |"
+    assert "1.30 times faster than eager PyTorch" in lines[-1]
+    assert lines[-1].endswith("on: kb83-v0.")
+
+
+def test_readme_keeps_all_but_the_tables(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{plot.BEGIN}\nold\n{plot.END}\nafter\n")
-    assert plot.update_readme(readme, ROWS)
-    text = readme.read_text()
-    assert text.startswith(f"before\n{plot.BEGIN}\n|")
-    assert text.endswith(f"{plot.END}\nafter\n")
-    assert "old" not in text
-    assert not plot.update_readme(readme, ROWS)
+    begin, end = plot.markers("ladder")
+    readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    tables = {"ladder": "| new |", "cases": "| absent |"}
+    assert plot.update_readme(readme, tables)
+    assert readme.read_text() == f"before\n{begin}\n| new |\n{end}\nafter\n"
+    assert not plot.update_readme(readme, tables)
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="lacks the markers"):
-        plot.update_readme(readme, ROWS)
+        plot.update_readme(readme, tables)
 
 
 def test_readme_is_in_step_with_the_rows() -> None:
     rows = ROOT / results.LADDER
     if not rows.exists():
         pytest.skip("nothing has been measured yet")
-    table = plot.markdown_table(results.latest(results.read(rows), "kb83"))
-    assert table in (ROOT / "README.md").read_text(), "run numba-fused plot --readme README.md"
+    by_case = results.newest(results.read(rows))
+    tables = {
+        "ladder": plot.ladder_table(by_case["kb83"]),
+        "cases": plot.cases_table(list(by_case.values())),
+    }
+    readme = (ROOT / "README.md").read_text()
+    for name, table in tables.items():
+        begin, end = plot.markers(name)
+        if begin in readme or name == "ladder":
+            wanted = f"{begin}\n{table}\n{end}"
+            assert wanted in readme, "run numba-fused plot --readme README.md"
 
 
-# ---- timing -----------------------------------------------------------------------------------
+# ---- cases ------------------------------------------------------------------------------------
+
+# facts: output of a sample, GFLOP of the convolution, MB no implementation can avoid.
+KNOWN = {
+    "kb83": ((16, 14, 62, 62), 17.9, 542),
+    "kb83-v0": ((16, 14, 30, 30), 4.2, 128),
+    "kb83-b16": ((16, 14, 62, 62), 2.2, 68),
+    "kb83-b1": ((16, 14, 62, 62), 0.1, 4),
+    "3d-8-16": ((16, 32, 64, 64), 14.5, 201),
+    "3d-16-32": ((32, 32, 64, 64), 29.0, 201),
+    "3d-32-64": ((64, 32, 64, 64), 58.0, 202),
+    "3d-64-128": ((128, 16, 32, 32), 29.0, 51),
+    "3d-32-64-s2": ((64, 16, 32, 32), 7.2, 84),
+    "3d-32-64-k1": ((64, 32, 64, 64), 4.3, 403),
+    "3d-3-16-k5": ((16, 16, 64, 64), 12.6, 80),
+    "3d-32-depthwise": ((32, 32, 64, 64), 1.8, 268),
+    "2d-3-64": ((64, 224, 224), 11.1, 861),
+    "2d-64-64": ((64, 112, 112), 29.6, 206),
+    "2d-256-256": ((256, 28, 28), 29.6, 54),
+}
 
 
 @pytest.mark.parametrize("name", bench.CASES)
-def test_benchmark_cases_are_not_degenerate(name: str) -> None:
-    assert bench.case_spec(name).constant is None
+def test_benchmark_cases_are_what_their_names_say(name: str) -> None:
+    spec = bench.case_spec(name)
+    output, gigaflop, megabytes = KNOWN[name]
+    assert spec.constant is None
+    assert spec.output_shape[1:] == output
+    assert round(spec.flops / 1e9, 1) == gigaflop
+    assert round(spec.compulsory_bytes / 1e6) == megabytes
+
+
+def test_there_are_fifteen_cases_and_every_batch_of_the_first() -> None:
+    assert bench.case_names(["all"]) == list(bench.CASES) == list(KNOWN)
+    assert bench.case_names(["kb83-b64", "kb83-b64", "kb83"]) == ["kb83-b64", "kb83"]
+    assert bench.case_spec("kb83-b1024").x_shape == (1024, 3, 16, 64, 64)
+    assert bench.case_spec("kb83-b128") == bench.case_spec("kb83")
+    with pytest.raises(ValueError, match="unknown case 'kb83-b0'"):
+        bench.case_names(["kb83-b0"])
+
+
+def test_public_arguments_of_a_case_give_its_spec() -> None:
+    x, weight, keywords = bench.case_arguments("3d-32-64-s2", "tf32")
+    assert bench.case_spec("3d-32-64-s2", precision="tf32") == bench.BlockSpec.from_arguments(
+        x, weight, **keywords
+    )
+    assert bench.case_spec("3d-32-64-s2", precision="tf32").precision == "tf32"
+
+
+# ---- what happens to a variant ----------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> bench.Workload:
+    """A workload of two small input sets on the CPU, where rungs run in the simulator."""
+    monkeypatch.setitem(bench.CASES, "tiny", bench._case((1, 2, 4, 20), (4, 2, 3, 3), 2))
+    spec = bench.case_spec("tiny")
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    inputs = [
+        Tensors(normal(*spec.x_shape), normal(*spec.weight_shape), normal(4), normal(4), normal(4))
+        for _ in range(2)
+    ]
+    keep_mask = mask_of(spec, bench.DROPOUT_SEED, "cpu")
+    first, last = (yardstick(spec, tensors, keep_mask) for tensors in inputs)
+    monkeypatch.setattr(bench, "gpu_time", fill_and_time)
+    monkeypatch.setattr(bench, "host_us", lambda call, sets: 50.0)
+    monkeypatch.setattr(bench, "peak_extra_bytes", lambda call, output_bytes: 0)
+    return bench.Workload(
+        name="tiny",
+        spec=spec,
+        inputs=inputs,
+        outs=[poisoned(spec, "cpu") for _ in inputs],
+        seed=torch.tensor([bench.DROPOUT_SEED]),
+        keep_mask=keep_mask,
+        yardsticks=(first, last),
+        copy_bytes_per_second=4e12,
+    )
+
+
+def fill_and_time(call: bench.Call, sets: int) -> Row:
+    for index in range(sets):
+        call(index)
+    return {"p20_ms": 0.9, "p50_ms": 1.0, "p80_ms": 1.1, "method": "graph", "samples": 1}
+
+
+def test_measured_rung_has_its_time_error_and_ledger(tiny: bench.Workload) -> None:
+    measured = bench.measure(tiny, "one_kernel", threads_per_block=64)
+    assert measured["status"] == "ok", measured
+    assert measured["p50_ms"] == 1.0
+    assert 0 < measured["error"] <= measured["error_bound"]
+    assert (measured["launches"], measured["threads_per_block"]) == (1, 64)
+    assert measured["ledger_bytes"] == ladder.get("one_kernel").ledger(tiny.spec, 64).bytes_moved
+    assert tiny.row().keys() | measured.keys() < results.COLUMNS.keys()
+
+
+def test_auto_names_the_rung_it_runs(tiny: bench.Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "choose", lambda spec: "epilogue")
+    measured = bench.measure(tiny, "auto", threads_per_block=64)
+    assert (measured["status"], measured["runs"]) == ("ok", "epilogue")
+    assert measured["threads_per_block"] == ladder.DEFAULT_THREADS_PER_BLOCK
+
+
+def test_host_time_is_that_of_the_public_function(
+    tiny: bench.Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def public(*operands: torch.Tensor, **keywords: object) -> torch.Tensor:
+        asked.append(keywords | {"grad": torch.is_grad_enabled()})
+        return ladder.run("torch", *operands, spec=tiny.spec, seed=tiny.seed)
+
+    monkeypatch.setattr(ops, "fused_conv_group_norm_min_clamp_dropout", public)
+    monkeypatch.setattr(bench, "host_us", lambda call, sets: (len(asked), call(0), len(asked)))
+    calls_before, _, calls_after = bench.measure(tiny, "epilogue")["host_us"]
+    assert calls_after == calls_before + 1
+    assert {call["variant"] for call in asked} == {"epilogue"}
+    assert not any(call["grad"] for call in asked)
+    assert all(call["seed"] is tiny.seed for call in asked)
+
+
+@pytest.mark.parametrize("variant", ["torch", "torch.compile"])
+def test_baselines_are_judged_before_and_after(
+    tiny: bench.Workload, monkeypatch: pytest.MonkeyPatch, variant: str
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    measured = bench.measure(tiny, variant)
+    assert measured["status"] == "ok", measured
+    assert measured["error_bound"] == tiny.yardsticks[0].bound
+
+    def broken(call: bench.Call, sets: int) -> Row:
+        timed = fill_and_time(call, sets)
+        call(sets - 1).mul_(1.01)
+        return timed
+
+    monkeypatch.setattr(bench, "gpu_time", broken)
+    measured = bench.measure(tiny, variant)
+    assert measured["status"] == "failed"
+    assert measured["reason"].startswith("after timing: error")
+
+
+def test_baselines_run_at_the_precision_of_the_case(
+    tiny: bench.Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def timed(call: bench.Call, sets: int) -> Row:
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return fill_and_time(call, sets)
+
+    monkeypatch.setattr(bench, "gpu_time", timed)
+    bench.measure(tiny, "torch")
+    tiny.spec = bench.case_spec("tiny", precision="tf32")
+    measured = bench.measure(tiny, "torch")
+    assert seen == [False, True]
+    assert measured["error_bound"] == bench.TF32_BASELINE_BOUND
+
+
+def test_wrong_after_timing_is_a_failure(
+    tiny: bench.Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(call: bench.Call, sets: int) -> Row:
+        timed = fill_and_time(call, sets)
+        tiny.outs[-1].zero_()
+        return timed
+
+    monkeypatch.setattr(bench, "gpu_time", broken)
+    measured = bench.measure(tiny, "epilogue")
+    assert measured["status"] == "failed"
+    assert measured["reason"].startswith("after timing: error")
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has a lot"),
+            "out of memory: CUDA out of memory Tried to allocate 9 GiB",
+        ),
+        (RuntimeError("CUDA error: misaligned address\nhints"), "CUDA error: misaligned address"),
+        (ZeroDivisionError(), "ZeroDivisionError"),
+    ],
+)
+def test_crash_is_a_row_with_its_reason(
+    tiny: bench.Workload, monkeypatch: pytest.MonkeyPatch, problem: Exception, reason: str
+) -> None:
+    def crash(*_: object, **__: object) -> torch.Tensor:
+        raise problem
+
+    monkeypatch.setattr(ladder, "run", crash)
+    measured = bench.measure(tiny, "epilogue")
+    assert measured["status"] == "failed"
+    assert reason in measured["reason"]
+    assert "\n" not in measured["reason"]
+
+
+def test_rung_that_cannot_run_is_skipped_with_its_limit(
+    tiny: bench.Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ladder.get("epilogue").module
+    monkeypatch.setattr(module, "limit", lambda spec: "needs a newer GPU", raising=False)
+    measured = bench.measure(tiny, "epilogue")
+    assert measured == {"status": "skipped", "reason": "needs a newer GPU"}
+
+
+@pytest.fixture
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(results, "gpu_name", lambda: "Test GPU")
+    monkeypatch.setattr(bench, "_gpu_is_lost", lambda: False)
+
+
+def test_case_that_does_not_fit_has_a_failed_row_for_every_variant(
+    pretend_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(*_: object) -> bench.Workload:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB. Buy more")
+
+    monkeypatch.setattr(bench.Workload, "build", build)
+    rows = list(bench.run("kb83-b1024", precision="tf32"))
+    assert [row["variant"] for row in rows] == results.variants()
+    assert {row["status"] for row in rows} == {"failed"}
+    assert all("Tried to allocate 99 GiB" in row["reason"] for row in rows)
+    assert {(row["x_shape"], row["precision"]) for row in rows} == {("1024x3x16x64x64", "tf32")}
+    assert rows[0].keys() < results.COLUMNS.keys()
+
+
+def test_after_a_lost_gpu_the_rest_fail_with_the_reason(
+    tiny: bench.Workload, pretend_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+
+    def measure(workload: bench.Workload, variant: str, threads_per_block: int) -> Row:
+        measured.append(variant)
+        return {"status": "ok"} if variant == "torch" else {"status": "failed", "reason": "crash"}
+
+    monkeypatch.setattr(bench.Workload, "build", lambda *_: tiny)
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench, "_gpu_is_lost", lambda: "unfused" in measured)
+    rows = list(bench.run("tiny", ["torch", "unfused", "pointwise", "auto"]))
+    assert measured == ["torch", "unfused"]
+    assert [row["status"] for row in rows] == ["ok", "failed", "failed", "failed"]
+    assert [row.get("reason") for row in rows] == [
+        None,
+        "crash",
+        "the GPU was lost to unfused",
+        "the GPU was lost to unfused",
+    ]
+    assert {row["case"] for row in rows} == {"tiny"}
+
+
+# ---- timing -----------------------------------------------------------------------------------
 
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
@@ -199,6 +510,8 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
         bench.check_usage("kb99", None)
     with pytest.raises(ValueError, match="unknown variant 'fast'"):
         bench.check_usage("kb83", ["fast"])
+    with pytest.raises(NotImplementedError, match="precision"):
+        bench.check_usage("kb83", ["auto"], "fp8")
 
 
 def test_faster_than_the_floor_is_a_failure() -> None:
@@ -227,6 +540,33 @@ def test_native_chain_is_the_reference() -> None:
     assert native.unique().numel() > 10
 
 
+def test_graph_that_does_not_fit_is_not_timed_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def captured(call: bench.Call, sets: int) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(bench, "_captured", captured)
+    with pytest.raises(torch.OutOfMemoryError):
+        bench.gpu_time(lambda index: torch.empty(0), 1)
+
+
+def test_torch_compile_starts_afresh_for_every_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives up on a function after 8 shapes, silently: there are 15 cases."""
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        compiled.append(graph)
+        return graph
+
+    honest = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **rest: honest(f, backend=backend, **rest))
+    small = bench.BlockSpec.from_arguments((1, 2, 4, 20), (4, 2, 3, 3), num_groups=2, **bench.CHAIN)
+    for width in range(20, 30):
+        spec = replace(small, input_size=(4, width))
+        operands = (torch.randn(spec.x_shape), torch.randn(spec.weight_shape))
+        bench.compiled_chain()(spec, *operands, None, None, None)
+    assert len(compiled) == 10
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_timing_without_a_gpu_says_what_to_do() -> None:
     with pytest.raises(RuntimeError, match="numba-fused env"):
@@ -235,14 +575,15 @@ def test_timing_without_a_gpu_says_what_to_do() -> None:
 
 @pytest.mark.gpu
 def test_rows_of_a_small_case(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = list(bench.run("kb83-b1", ladder.names()))
-    assert [row["variant"] for row in rows] == ladder.names()
+    rows = list(bench.run("kb83-b1"))
+    assert [row["variant"] for row in rows] == results.variants()
     for measured in rows:
         assert measured["status"] in ("ok", "skipped"), measured["reason"]
         if measured["status"] == "ok":
             assert measured["p20_ms"] <= measured["p50_ms"] <= measured["p80_ms"]
             assert measured["p50_ms"] >= 0.97 * measured["floor_ms"]
             assert measured["method"] == "graph"
+            assert 0 <= measured["peak_extra_bytes"] < 20 * measured["compulsory_bytes"]
 
 
 @pytest.mark.gpu
@@ -254,6 +595,22 @@ def test_wrong_rung_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     (measured,) = bench.run("kb83-b1", ["one_kernel"])
     assert measured["status"] == "failed"
     assert "p50_ms" not in measured
+
+
+@pytest.mark.gpu
+def test_profiler_is_shown_one_call_after_warming_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    honest = ladder.run
+
+    def run(*operands: Any, **rest: Any) -> torch.Tensor:
+        seen.append("run")
+        return honest(*operands, **rest)
+
+    monkeypatch.setattr(ladder, "run", run)
+    monkeypatch.setattr(torch.cuda.profiler, "start", lambda: seen.append("start"))
+    monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: seen.append("stop"))
+    profile.main("kb83-b1", "auto", "ieee")
+    assert seen == ["run"] * profile.WARM_UPS + ["start", "run", "stop"]
 
 
 def test_sources_without_history_are_told_their_commit(monkeypatch: pytest.MonkeyPatch) -> None:

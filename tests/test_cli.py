@@ -6,16 +6,20 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from numba_fused import cli, demo, environment, ladder, verify
+from numba_fused import bench, cli, demo, environment, ladder, results, verify
 from numba_fused.environment import advise
+from numba_fused.profile import METRICS, STALL, STALLS, short_name
+from numba_fused.results import Row
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("demo", "verify", "explain", "env", "bench", "plot")
+COMMANDS = ("demo", "verify", "explain", "env", "bench", "profile", "plot")
 
 
 def numba_fused(*arguments: str) -> Result:
@@ -66,8 +70,14 @@ def test_module_and_help_of_every_command() -> None:
         ["explain", "--padding", "full"],
         ["explain", "--dropout-p", "nan"],
         ["bench", "--case", "kb99"],
+        ["bench", "--case", "kb83-b0"],
+        ["bench", "--precision", "fp8"],
+        ["bench", "--profile", "fast"],
         ["bench", "--threads-per-block", "100"],
+        ["profile", "kb99", "torch"],
+        ["profile", "kb83", "fast"],
         ["plot", "--rows", "/nowhere/rows.csv"],
+        ["plot", "--precision", "fp8"],
         ["demo", "--figure", "demo.pdf"],
     ],
     ids=" ".join,
@@ -106,7 +116,9 @@ def test_demo_counts_what_the_ledgers_predict(tiny_demo: Path) -> None:
     assert [line["name"] for line in lines] == ladder.names()
     ours = [line for line in lines if line["counted_launches"] is not None]
     assert {"unfused", "pointwise", "epilogue", "one_kernel"} <= {line["name"] for line in ours}
-    for line in lines:
+    judged = [line for line in lines if line["verdict"] == "right"]
+    assert [line["name"] for line in judged] == [n for n in ladder.names() if n != "algebra"]
+    for line in judged:
         assert line["error"] <= line["bound"]
     for line in ours:
         assert line["counted_launches"] == line["launches"]
@@ -237,3 +249,216 @@ def test_constraints_pin_every_direct_dependency() -> None:
     wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
     names = {re.match(r"[\w-]+", requirement)[0] for requirement in wanted}  # pyright: ignore
     assert names <= environment.read_constraints(environment.CONSTRAINTS).keys()
+
+
+# ---- bench ------------------------------------------------------------------------------------
+
+TIMES = {"torch": 3.258, "torch.compile": 2.163, "one_kernel": 13.974, "auto": 0.654}
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows as a GPU would give them, and one that ran out of memory."""
+
+    def run(
+        name: str, chosen: Sequence[str], threads_per_block: int, precision: str
+    ) -> Iterator[Row]:
+        spec = bench.case_spec(name, precision=precision)
+        shared = bench.case_row(name, spec) | {"gpu": "Test GPU", "floor_ms": 0.129, "utc": "now"}
+        for variant in chosen:
+            row: Row = shared | {"variant": variant, "status": "ok", "error": 1.1e-7}
+            if variant not in TIMES:
+                reason = "out of memory: CUDA out of memory Tried to allocate 98.00 GiB"
+                yield row | {"status": "failed", "reason": reason}
+                continue
+            row |= {"p50_ms": TIMES[variant], "host_us": 1077.8}
+            yield row | ({"runs": "library_conv"} if variant == "auto" else {})
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(bench, "run", run)
+
+
+def options(name: str, *values: str) -> list[str]:
+    return [word for value in values for word in (f"--{name}", value)]
+
+
+@pytest.mark.parametrize("width", [100, 150])
+def test_bench_table_fits_the_terminal(
+    timed: None, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setattr(cli, "console", Console(width=width))
+    result = numba_fused("bench", *options("case", "kb83", "3d-32-64-k1"))
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= width
+    assert "kb83 ieee on Test GPU: memory floor 0.129 ms for 542 MB" in result.stdout
+    auto = next(line for line in lines if line.startswith(" auto"))
+    #                       ms   GB/s  floor x eager x compile error host us
+    assert auto.split() == [
+        *("auto:", "library_conv"),
+        *("0.654", "828", "20", "4.98", "3.31", "1.1e-07", "1078", "ok"),
+    ]
+    assert "unfused failed: out of memory: CUDA out of memory Tried" in result.stdout
+    assert "4.98 times faster than eager PyTorch" in " ".join(result.stdout.split())
+
+
+def test_bench_runs_cases_in_precisions_and_adds_their_rows(timed: None, tmp_path: Path) -> None:
+    out = tmp_path / "rows.parquet"
+    chosen = ["torch", "torch.compile", "auto"]
+    arguments = [*options("case", "all"), *options("variant", *chosen), "--out", str(out)]
+    result = numba_fused("bench", *arguments, *options("precision", "ieee", "tf32"), "--json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)
+    assert len(rows) == len(bench.CASES) * 2 * len(chosen)
+    frame = results.read(out)
+    for precision in ("ieee", "tf32"):
+        found = results.newest(frame, precision)
+        assert list(found) == list(bench.CASES)
+        assert [row["variant"] for row in found["2d-3-64"]] == chosen
+
+
+def test_bench_exits_with_1_when_a_variant_fails(timed: None) -> None:
+    assert numba_fused("bench", "--variant", "unfused").exit_code == 1
+    assert numba_fused("bench", "--variant", "one_kernel").exit_code == 0
+
+
+def test_bench_refuses_a_file_of_another_layout_before_it_times(
+    timed: None, tmp_path: Path
+) -> None:
+    out = tmp_path / "rows.csv"
+    out.write_text("case,variant\nkb83,torch\n")
+    result = numba_fused("bench", "--variant", "torch", "--out", str(out))
+    assert result.exit_code == 2
+    assert "other columns" in result.output
+
+
+# ---- profile ----------------------------------------------------------------------------------
+
+KERNELS = {
+    "void cudnn::winograd_nonfused::conv<float, 3>(const float *, float *)": 1.0,
+    "numba_fused::ladder::rung_10::moments_kernel[abi:v1](Array<float, 1, C, mutable>)": 2.0,
+}
+
+
+def recorded_csv() -> str:
+    """The shape of what ncu --csv prints: one line for each launch and metric."""
+    columns = "ID,Process ID,Kernel Name,Block Size,Grid Size,Section Name"
+    names = [*columns.split(","), "Metric Name", "Metric Unit", "Metric Value"]
+    lines = ["==PROF== Connected to process 7", "printed by the call, not by ncu"]
+    lines += ["==PROF== Disconnected from process 7", quoted(*names)]
+    for index, (kernel, factor) in enumerate(KERNELS.items()):
+        values = dict.fromkeys(METRICS.values(), f"{1000 * factor:,.2f}")
+        values |= {STALL.format(stall): f"{factor:.2f}" for stall in STALLS}
+        values[STALL.format("long_scoreboard")] = f"{10 * factor:.2f}"
+        values[METRICS["dram_read"]] = "440,912,640"
+        values[METRICS["dram_written"]] = "2,502,400"
+        values[METRICS["nanoseconds"]] = "388,800"
+        values[METRICS["tensor_pipe"]] = "n/a"
+        for metric, value in values.items():
+            launch = (str(index), "7", kernel, "(256, 1, 1)", "(132, 1, 1)", "Command line")
+            lines.append(quoted(*launch, metric, "unit", value))
+    return "\n".join(lines)
+
+
+def quoted(*cells: str) -> str:
+    return ",".join(f'"{cell}"' for cell in cells)
+
+
+@pytest.fixture
+def fake_ncu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An ncu that notes what it is asked and prints what is in `printed`; returns its folder."""
+    script = tmp_path / "ncu"
+    script.write_text(
+        f'#!/bin/sh\necho "$@" > {tmp_path}/asked\ncat {tmp_path}/printed\n'
+        f"cat {tmp_path}/status >&2 2> /dev/null && exit 1\nexit 0\n"
+    )
+    script.chmod(0o755)
+    (tmp_path / "printed").write_text(recorded_csv())
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    return tmp_path
+
+
+def test_profile_shows_the_counters_of_every_kernel(fake_ncu: Path) -> None:
+    result = numba_fused("profile", "kb83", "library_conv")
+    assert result.exit_code == 0, result.output
+    text = result.stdout
+    assert "DRAM 886.8 MB; the whole call by its ledger: 1,864.8 MB" in " ".join(text.split())
+    rows = {line[:22].strip(): line[22:].split() for line in text.splitlines()}
+    assert rows["kernel"] == ["conv", "moments_kernel"]
+    assert rows["time, us"] == ["388.8", "388.8"]
+    assert rows["DRAM GB/s"] == ["1,140", "1,140"]
+    assert rows["ALU pipe, %"] == ["1000.0", "2000.0"]
+    assert rows["tensor pipe, %"] == []
+    assert rows["most waited for"] == ["long_scoreboard", "long_scoreboard"]
+    assert len(rows.keys() & {line[0] for line in cli.PROFILE_LINES}) == len(cli.PROFILE_LINES)
+    asked = (fake_ncu / "asked").read_text()
+    assert "--clock-control none" in asked
+    assert asked.strip().endswith("-m numba_fused.profile kb83 library_conv ieee")
+
+
+def test_profile_of_one_kernel_and_as_json(fake_ncu: Path) -> None:
+    by_option = numba_fused("profile", "kb83", "library_conv", "--kernel", "moments", "--json")
+    by_bench = numba_fused("bench", "--profile", "library_conv:moments", "--json")
+    assert json.loads(by_option.stdout) == json.loads(by_bench.stdout)
+    (launch,) = json.loads(by_option.stdout)
+    assert launch["kernel"] == "moments_kernel"
+    assert launch["top_stall"] == "long_scoreboard 20.00"
+    assert launch["tensor_pipe"] is None
+    assert launch["grid"] == "(132, 1, 1)"
+
+
+@pytest.mark.parametrize("width", [100, 150])
+def test_profile_table_fits_the_terminal(
+    fake_ncu: Path, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    header = recorded_csv().splitlines()[3]
+    body = "\n".join(recorded_csv().splitlines()[4:])
+    copies = [re.sub(r'^"(\d)"', rf'"{i}\1"', body, flags=re.M) for i in range(5)]
+    (fake_ncu / "printed").write_text("\n".join([header, *copies]))
+    monkeypatch.setattr(cli, "console", Console(width=width))
+    lines = numba_fused("profile", "kb83", "torch").stdout.splitlines()
+    assert max(map(len, lines)) <= width
+    assert sum(line.count("388.8") for line in lines) == 10
+
+
+def test_profile_without_ncu_says_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    result = numba_fused("profile", "kb83", "one_kernel")
+    assert result.exit_code == 2
+    assert "Nsight Compute" in result.output
+
+
+def test_profile_repeats_what_ncu_complains_of(fake_ncu: Path) -> None:
+    (fake_ncu / "printed").write_text("==ERROR== ERR_NVGPUCTRPERM - no permission\n")
+    refused = numba_fused("profile", "kb83", "one_kernel")
+    assert refused.exit_code == 2
+    assert "ERR_NVGPUCTRPERM" in refused.output
+    (fake_ncu / "printed").write_text("")
+    (fake_ncu / "status").write_text("Traceback\nRuntimeError: no GPU in the call\n")
+    crashed = numba_fused("profile", "kb83", "one_kernel")
+    assert crashed.exit_code == 2
+    assert "RuntimeError: no GPU in the call" in crashed.output
+
+
+def test_profile_of_no_such_kernel_names_those_there_are(fake_ncu: Path) -> None:
+    result = numba_fused("profile", "kb83", "library_conv", "--kernel", "softmax")
+    assert result.exit_code == 2
+    assert "it runs: conv, moments_kernel" in result.output
+
+
+@pytest.mark.parametrize(
+    ("printed", "short"),
+    [
+        (
+            "sm80_xmma_fprop_implicit_gemm_f32f32_nn_v1",
+            "sm80_xmma_fprop_implicit_gemm_f32f32_nn_v1",
+        ),
+        ("void at::native::<unnamed>::elementwise_kernel<4, int>(int, T2)", "elementwise_kernel"),
+        ("void (anonymous namespace)::RowwiseMoments<float>(long)", "RowwiseMoments"),
+        ("cudapy::rung_3::merge_kernel[abi:v1][abi:cw51](Array<int>)", "merge_kernel"),
+        ("triton_poi_fused_clamp_0", "triton_poi_fused_clamp_0"),
+    ],
+)
+def test_short_kernel_names(printed: str, short: str) -> None:
+    assert short_name(printed) == short
