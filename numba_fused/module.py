@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from numba_fused import ladder
-from numba_fused.ops import check_precision, fused_conv_group_norm_min_clamp_dropout
-from numba_fused.spec import IntOrTuple, Padding, check_bounds, check_dropout_p
+from numba_fused.ops import fused_conv_group_norm_min_clamp_dropout
+from numba_fused.spec import (
+    IntOrTuple,
+    Padding,
+    check_bounds,
+    check_dropout_p,
+    check_precision,
+)
+
+Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -55,6 +63,11 @@ class FusedConvGroupNormMinClampDropout(nn.Module):
         unknown variant: what the PyTorch modules raise.
     TypeError
         A size that is not an int.
+
+    Notes
+    -----
+    `conv`, `norm` and `dropout` hold parameters and settings; they are not called, and neither
+    are their hooks.
     """
 
     def __init__(
@@ -90,7 +103,7 @@ class FusedConvGroupNormMinClampDropout(nn.Module):
         if variant != "auto":
             ladder.get(variant)
         _check_sizes(in_channels=in_channels, out_channels=out_channels, num_groups=num_groups)
-        self.conv = _CONVOLUTIONS[dim](
+        self.conv: Convolution = _CONVOLUTIONS[dim](
             in_channels,
             out_channels,
             kernel_size,  # pyright: ignore[reportArgumentType]
@@ -111,6 +124,79 @@ class FusedConvGroupNormMinClampDropout(nn.Module):
         self.cap = cap
         self.precision = precision
         self.variant = variant
+
+    @classmethod
+    def from_modules(
+        cls,
+        conv: Convolution,
+        norm: nn.GroupNorm,
+        dropout: nn.Dropout,
+        min_value: float,
+        max_value: float,
+        cap: float | None = None,
+        *,
+        precision: str = "ieee",
+        variant: str = "auto",
+    ) -> FusedConvGroupNormMinClampDropout:
+        """The block of a model's own modules, which become its submodules.
+
+        Nothing is copied: parameters, their optimizer and `conv`, `norm` and `dropout` themselves
+        are shared with the model they came from. `to_modules` gives them back.
+
+        Parameters
+        ----------
+        conv : nn.Conv1d, nn.Conv2d or nn.Conv3d
+            With ``padding_mode="zeros"``.
+        norm : nn.GroupNorm
+        dropout : nn.Dropout
+            Its mode, training or not, becomes the block's.
+        min_value, max_value, cap, precision, variant
+            As in the constructor.
+
+        Returns
+        -------
+        FusedConvGroupNormMinClampDropout
+
+        Raises
+        ------
+        TypeError
+            A module of another kind, a subclass included: it may compute something else.
+        ValueError
+            Another padding mode, `norm` for another number of channels than `conv` gives, or a
+            module with hooks, which nothing would call.
+        """
+        _check_module("conv", conv, *_CONVOLUTIONS.values())
+        _check_module("norm", norm, nn.GroupNorm)
+        _check_module("dropout", dropout, nn.Dropout)
+        if conv.padding_mode != "zeros":
+            raise ValueError(f"padding_mode must be 'zeros', but conv has {conv.padding_mode!r}")
+        if norm.num_channels != conv.out_channels:
+            raise ValueError(
+                f"norm must have as many channels as conv gives, {conv.out_channels}, but has "
+                f"{norm.num_channels}"
+            )
+        fused = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            norm.num_groups,
+            min_value,
+            max_value,
+            dropout.p,
+            cap=cap,
+            dim=len(conv.kernel_size),
+            groups=conv.groups,
+            precision=precision,
+            variant=variant,
+            device="meta",  # these parameters are never used
+        )
+        fused.conv, fused.norm, fused.dropout = conv, norm, dropout
+        fused.training = dropout.training
+        return fused
+
+    def to_modules(self) -> tuple[Convolution, nn.GroupNorm, nn.Dropout]:
+        """Convolution, normalisation and dropout as PyTorch's modules, sharing the parameters."""
+        return self.conv, self.norm, self.dropout
 
     def forward(self, x: Tensor, *, seed: int | Tensor | None = None) -> Tensor:
         """Run the block; `seed` fixes the dropout mask of this call."""
@@ -142,6 +228,19 @@ class FusedConvGroupNormMinClampDropout(nn.Module):
         return (
             f"min_value={self.min_value}, max_value={self.max_value}, cap={self.cap}, "
             f"precision={self.precision!r}, variant={self.variant!r}"
+        )
+
+
+def _check_module(name: str, module: Any, *kinds: type[nn.Module]) -> None:
+    if type(module) not in kinds:
+        raise TypeError(
+            f"{name} must be {' or '.join(f'nn.{kind.__name__}' for kind in kinds)}, but got "
+            f"{type(module).__name__}"
+        )
+    if module._forward_pre_hooks or module._forward_hooks or module._backward_hooks:
+        raise ValueError(
+            f"{name} has hooks, which the fused block would not call: remove them first (those of "
+            f"weight_norm, spectral_norm and pruning with their own remove functions)"
         )
 
 

@@ -1,19 +1,50 @@
-"""The public function: validate, choose a rung, run it, differentiate it."""
+"""The public function: validate, choose a rung, run it, differentiate it.
+
+A plain eager call launches its rung directly: the dispatcher of PyTorch's custom operators would
+cost as much host time as the launch. Where something follows the call (torch.compile,
+torch.export, fake tensors, any dispatch mode) it goes through the operators
+``numba_fused::block`` and ``numba_fused::block_backward`` instead, whose bodies are the same
+`forward` and `gradients`. Transforms of torch.func, which cannot differentiate custom operators,
+get PyTorch's own.
+"""
 
 from __future__ import annotations
 
+import marshal
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import NoneType
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from numba_fused import ladder, plan
 from numba_fused.ladder.rung_0_torch import dropout_mask
-from numba_fused.reference import chain, full_precision, seed_tensor
+from numba_fused.reference import chain, convolution_precision, seed_tensor
 from numba_fused.spec import BlockSpec, DegenerateChainWarning, IntOrTuple, Padding
 
-PRECISIONS = ("ieee",)
+# x, weight, bias, gamma, beta: those that the caller has, in the function's order.
+Operands: TypeAlias = tuple[Any, ...]
+Options: TypeAlias = tuple[Any, ...]
+
+OPERANDS = "Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor? seed"
+# A schema has no type for `padding`, which may be a string: None stands for "same".
+OPTIONS = (
+    "int num_groups, float min_value, float max_value, float? cap, float dropout_p, bool training, "
+    "int[] stride, int[]? padding, int[] dilation, int groups, float eps, str precision"
+)
+OPTION_NAMES = tuple(option.split()[1] for option in OPTIONS.split(", "))
+PADDING = OPTION_NAMES.index("padding")
+
+COMPUTED_DTYPES = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+MOST_CALLS = 1024
+
+# Specs of the calls seen so far, by everything that decides whether a call is valid. Validating
+# one takes longer than launching its kernels.
+_specs: dict[tuple[Any, ...], BlockSpec] = {}
 
 
 def fused_conv_group_norm_min_clamp_dropout(
@@ -43,7 +74,8 @@ def fused_conv_group_norm_min_clamp_dropout(
     Parameters
     ----------
     x : Tensor
-        (N, C, [D, [H]], W), float32 or float64, any strides.
+        (N, C, [D, [H]], W), of any strides; float32 or float64, or float16 or bfloat16, which are
+        computed in float32.
     weight : Tensor
         (K, C / groups, *kernel_size): its rank says whether the convolution is 1-D, 2-D or 3-D.
     bias, gamma, beta : Tensor, optional
@@ -70,7 +102,8 @@ def fused_conv_group_norm_min_clamp_dropout(
     eps : float
         Added to the variance.
     precision : str
-        ``"ieee"``: error against an fp64 reference at most twice PyTorch's own.
+        ``"ieee"``: error against an fp64 reference at most twice PyTorch's own. ``"tf32"``: the
+        convolution's operands may be rounded to 10 fraction bits, as tensor cores take them.
     variant : str
         ``"auto"``, or the name of a rung (`ladder.names`). CPU tensors run a named rung in the
         simulator, for tiny shapes, and ``"auto"`` as PyTorch operators with the same mask.
@@ -87,7 +120,7 @@ def fused_conv_group_norm_min_clamp_dropout(
         an unsupported dtype or precision raises its subclass `NotImplementedError`.
     ValueError
         A probability outside [0, 1], a NaN bound, a single value per group, an unknown variant
-        or one that cannot run the shape.
+        or one that cannot run the shape, or not under a transform of torch.func.
     TypeError
         An argument of the wrong type.
 
@@ -99,82 +132,329 @@ def fused_conv_group_norm_min_clamp_dropout(
     Notes
     -----
     Differentiable in x, weight, bias, gamma and beta: backward recomputes the chain with
-    PyTorch's operators and the forward's own mask, so it costs what eager PyTorch costs.
+    PyTorch's operators and the forward's own mask, so it costs what eager PyTorch costs. In eager
+    mode the gradients can be differentiated again; compiled ones cannot.
+
+    Under ``torch.autocast`` the operands are rounded to its dtype, as a convolution's are (float64
+    stays), the block is computed in float32, and the result has autocast's dtype.
+
+    ``torch.compile`` and ``torch.export`` see one operator, ``numba_fused::block``, and trace the
+    drawing of the seed, so that each call draws its own. Its batch may be dynamic; every other
+    size is part of the kernels. Transforms of torch.func (grad, vmap, jvp, ...) differentiate
+    PyTorch's operators instead of a rung: for ``"auto"`` and ``"torch"`` alone.
     """
-    operands = check_operands(x, weight, bias=bias, gamma=gamma, beta=beta)
-    spec = BlockSpec.from_arguments(
-        x.shape,
-        weight.shape,
-        num_groups=num_groups,
-        min_value=min_value,
-        max_value=max_value,
-        cap=cap,
-        dropout_p=dropout_p,
-        training=training,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
-        eps=eps,
-        has_bias=bias is not None,
-        affine=gamma is not None,
-        dtype=str(x.dtype).removeprefix("torch."),
-    )
-    check_precision(precision)
-    if variant != "auto":
-        ladder.get(variant)
-    seed = seed_tensor(seed, x.device) if spec.draws else None
-    if spec.constant is not None:
-        warnings.warn(spec.degeneracy, DegenerateChainWarning, stacklevel=2)
-    if x.device.type == "cpu" and variant == "auto":
-        return chain(spec, *operands, dropout_mask(spec, seed))
+    operands: Operands = (x, weight, bias, gamma, beta)
+    options: Options = (
+        num_groups, min_value, max_value, cap, dropout_p, training,
+        stride, padding, dilation, groups, eps, precision,
+    )  # fmt: skip
+    if is_followed(operands):
+        operands = autocast(operands)
+        drawn = traced_seed(seed, x.device) if training and dropout_p > 0 else None
+        return block(*operands, drawn, *schema_options(options), variant)
+    if torch._C._is_any_autocast_enabled():
+        operands = autocast(operands)
+    spec = validated(operands, options, variant)
+    drawn = seed_tensor(seed, x.device) if spec.draws else None
+    if torch._C._are_functorch_transforms_active():
+        if variant not in ("auto", "torch"):
+            raise ValueError(
+                f"variant={variant!r} cannot run under a transform of torch.func: use "
+                f"variant='auto' (PyTorch with the same mask)"
+            )
+        return in_pytorch(spec, drawn, operands)
+    by_itself = variant == "auto" and x.device.type == "cpu"  # PyTorch's operators differentiate
+    if derivative_wanted(operands) and not by_itself:
+        return _Block.apply(spec, variant, drawn, *operands)
+    return forward(spec, variant, drawn, operands)
+
+
+# ---- what is computed, whoever asks -------------------------------------------------------------
+
+
+def forward(spec: BlockSpec, variant: str, seed: Tensor | None, operands: Operands) -> Tensor:
+    """Run a variant; the result has x's dtype. Autograd sees nothing of a rung's kernels."""
+    x = operands[0]
+    device_type = x.device.type
     if variant == "auto":
-        variant = plan.choose(spec)
-    elif x.device.type == "cpu" and variant != "torch":
+        if device_type == "cpu":
+            return in_pytorch(spec, seed, operands)
+        variant = plan.choose(spec, x.device)
+    elif device_type == "cpu" and variant != "torch":
         plan.check_simulable(spec, variant)
-    return _Block.apply(spec, variant, seed, *operands)
+    with without_autocast(device_type):
+        if x.dtype not in COMPUTED_DTYPES:
+            return ladder.run(variant, *operands, spec=spec, seed=seed)
+        return ladder.run(variant, *computed(operands), spec=spec, seed=seed).to(x.dtype)
+
+
+def in_pytorch(spec: BlockSpec, seed: Tensor | None, operands: Operands) -> Tensor:
+    """The block as PyTorch's operators, with the kernels' mask, contiguous."""
+    x = operands[0]
+    with convolution_precision(spec), without_autocast(x.device.type):
+        out = chain(spec, *computed(operands), keep_mask=dropout_mask(spec, seed))
+        return out.contiguous().to(x.dtype)
+
+
+def gradients(
+    spec: BlockSpec,
+    seed: Tensor | None,
+    grad_out: Tensor,
+    operands: Operands,
+    wanted: Sequence[bool],
+    *,
+    create_graph: bool,
+) -> list[Tensor]:
+    """Gradients of the operands that are `wanted`, in order, through PyTorch's operators."""
+    mask = dropout_mask(spec, seed)
+    with convolution_precision(spec), without_autocast(grad_out.device.type), torch.enable_grad():
+        # Views, because an operand may depend on another: these gradients are partial ones.
+        views: list[Any] = [None if t is None else t.view_as(t) for t in operands]
+        targets = [view.requires_grad_() for view, want in zip(views, wanted, strict=True) if want]
+        out = chain(spec, *computed(tuple(views)), keep_mask=mask).to(grad_out.dtype)
+        return list(torch.autograd.grad(out, targets, grad_out, create_graph=create_graph))
+
+
+def computed(operands: Operands) -> Operands:
+    """The operands in the dtype they are computed in."""
+    dtype = COMPUTED_DTYPES.get(operands[0].dtype)
+    if dtype is None:
+        return operands
+    return tuple(None if t is None else t.to(dtype) for t in operands)
+
+
+def autocast(operands: Operands) -> Operands:
+    """The operands in autocast's dtype where it is on: what it does to a convolution's."""
+    x = operands[0]
+    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
+        return operands
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(
+        t.to(dtype)
+        if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        else t
+        for t in operands
+    )
+
+
+_NOTHING = nullcontext()
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """No autocast inside: the block has chosen its own dtypes."""
+    if not torch._C._is_any_autocast_enabled():
+        return _NOTHING
+    return torch.autocast(device_type, enabled=False)
+
+
+# ---- eager calls --------------------------------------------------------------------------------
+
+
+def derivative_wanted(operands: tuple[Tensor | None, ...]) -> bool:
+    """Whether autograd has to know of the call, in backward or in forward mode."""
+    if forward_ad._current_level >= 0:
+        return True
+    if torch.is_grad_enabled():
+        for tensor in operands:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 class _Block(torch.autograd.Function):
-    """Forward by a rung of the ladder, backward by differentiating PyTorch's operators."""
+    """Forward by a variant, backward by differentiating PyTorch's operators."""
 
     @staticmethod
     def forward(
         ctx: Any, spec: BlockSpec, variant: str, seed: Tensor | None, *operands: Tensor | None
     ) -> Tensor:
-        ctx.spec, ctx.seed = spec, seed
-        ctx.save_for_backward(*operands)
-        x, weight, *vectors = operands
-        assert x is not None
-        assert weight is not None
-        return ladder.run(variant, x, weight, *vectors, spec=spec, seed=seed)
+        ctx.spec = spec
+        ctx.save_for_backward(seed, *operands)
+        return forward(spec, variant, seed, operands)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        seed, *operands = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[3:]
         # Autograd turns gradients on inside a backward that is to be differentiated again.
         create_graph = torch.is_grad_enabled()
-        wanted = ctx.needs_input_grad[3:]
-        mask = dropout_mask(ctx.spec, ctx.seed)
-        with full_precision(), torch.enable_grad():
-            # Views, because an operand may depend on another: these gradients are partial ones.
-            views: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
-            x, weight, bias, gamma, beta = views
-            targets = [t for t, want in zip(views, wanted, strict=True) if want]
-            out = chain(ctx.spec, x, weight, bias, gamma, beta, mask)
-            gradients = torch.autograd.grad(out, targets, grad_out, create_graph=create_graph)
-        each = iter(gradients)
+        each = iter(
+            gradients(ctx.spec, seed, grad_out, tuple(operands), wanted, create_graph=create_graph)
+        )
         return (None, None, None, *(next(each) if want else None for want in wanted))
 
 
-def check_operands(
-    x: Any, weight: Any, **vectors: Any
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Check that the tensors are tensors of one dtype and device, the vectors (K,) each.
+# ---- calls that something follows ---------------------------------------------------------------
 
-    Returns
-    -------
-    tuple
-        x, weight and the vectors, in order.
+_PLAIN = {Tensor, nn.Parameter, NoneType}
+
+
+def is_followed(operands: Operands) -> bool:
+    """Whether a tracer or a dispatch mode has to see one operator instead of what it launches."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    if _PLAIN.issuperset(map(type, operands)):
+        return False
+    return any(isinstance(t, Tensor) and type(t) not in _PLAIN for t in operands)
+
+
+def traced_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """As `seed_tensor`, value for value, in what compilers trace: out of place, within int64."""
+    if seed is None:
+        return torch.ops.aten.random(torch.empty(1, dtype=torch.int64, device=device))
+    if isinstance(seed, int) and not isinstance(seed, bool) and -(2**63) <= seed < 2**63:
+        return torch.full((1,), seed, dtype=torch.int64, device=device)
+    return seed_tensor(seed, device)
+
+
+def schema_options(options: Options) -> Options:
+    """The options as the operators' schema spells them; a compiler can trace this."""
+    *numbers, stride, padding, dilation, groups, eps, precision = options
+    if padding == "same":
+        padding = None
+    elif padding == "valid":
+        padding = 0
+    return (*numbers, _ints(stride), _ints(padding), _ints(dilation), groups, eps, precision)
+
+
+def _ints(value: Any) -> Any:
+    return (value,) if isinstance(value, int) else value
+
+
+def python_options(options: Options) -> Options:
+    """The options as the public function takes them."""
+    padding = "same" if options[PADDING] is None else options[PADDING]
+    return (*options[:PADDING], padding, *options[PADDING + 1 :])
+
+
+@torch.library.custom_op(
+    "numba_fused::block", mutates_args=(), schema=f"({OPERANDS}, {OPTIONS}, str variant) -> Tensor"
+)
+def block(*arguments: Any) -> Tensor:
+    """The block as an operator of PyTorch; deterministic, because its seed is an operand."""
+    *operands, seed = arguments[:6]
+    options, variant = python_options(arguments[6:-1]), arguments[-1]
+    spec = validated(tuple(operands), options, variant)
+    seed = _checked_seed(spec, seed, operands[0].device)
+    return forward(spec, variant, seed, tuple(operands))
+
+
+@block.register_fake
+def _(*arguments: Any) -> Tensor:
+    operands, options, variant = arguments[:5], python_options(arguments[6:-1]), arguments[-1]
+    batch, *sizes = operands[0].shape
+    known = batch if isinstance(batch, int) else 2  # what is valid for two samples is for more
+    spec = specified(operands, options, variant, (known, *sizes))
+    return operands[0].new_empty((batch, *spec.output_shape[1:]))
+
+
+@torch.library.custom_op(
+    "numba_fused::block_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, {OPERANDS}, {OPTIONS}, bool[] wanted) -> Tensor[]",
+)
+def block_backward(*arguments: Any) -> list[Tensor]:
+    """The gradients of `block`'s operands that are `wanted`, contiguous."""
+    grad_out, *operands, seed = arguments[:7]
+    options, wanted = python_options(arguments[7:-1]), arguments[-1]
+    spec = validated(tuple(operands), options, "auto")
+    seed = _checked_seed(spec, seed, operands[0].device)
+    with autograd_in_operator():
+        each = gradients(spec, seed, grad_out, tuple(operands), wanted, create_graph=False)
+    return [gradient.contiguous() for gradient in each]
+
+
+@block_backward.register_fake
+def _(*arguments: Any) -> list[Tensor]:
+    operands, wanted = arguments[1:6], arguments[-1]
+    return [t.new_empty(t.shape) for t, want in zip(operands, wanted, strict=True) if want]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:6])
+    ctx.options = inputs[6:-1]
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = ctx.needs_input_grad[:5]
+    each = iter(block_backward(grad_out, *ctx.saved_tensors, *ctx.options, wanted))
+    others = len(ctx.needs_input_grad) - len(wanted)
+    return (*(next(each) if want else None for want in wanted), *(None,) * others)
+
+
+block.register_autograd(_backward, setup_context=_save)
+
+
+def autograd_in_operator() -> AbstractContextManager[Any]:
+    """Autograd works inside, as it otherwise does not in the body of an operator."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    return torch._C._ForceDispatchKeyGuard(
+        torch._C._dispatch_tls_local_include_set(),
+        excluded.remove(torch._C.DispatchKey.AutogradFunctionality),
+    )
+
+
+def _checked_seed(spec: BlockSpec, seed: Tensor | None, device: torch.device) -> Tensor | None:
+    """The operator draws no seed of its own: backward would not know it."""
+    if not spec.draws:
+        return None
+    if seed is None:
+        raise RuntimeError("dropout acts, so numba_fused::block needs a seed, but got None")
+    return seed_tensor(seed, device)
+
+
+# ---- validation ---------------------------------------------------------------------------------
+
+
+def validated(operands: Operands, options: Options, variant: str) -> BlockSpec:
+    """The spec of a call, remembered; warns if its chain is degenerate."""
+    key = call_key(operands, (*options, variant))
+    spec = None if key is None else _specs.get(key)
+    if spec is None:
+        spec = specified(operands, options, variant)
+        if len(_specs) >= MOST_CALLS:
+            _specs.clear()
+        if key is not None:
+            _specs[key] = spec
+    if spec.constant is not None:
+        warnings.warn(spec.degeneracy, DegenerateChainWarning, stacklevel=3)
+    return spec
+
+
+def specified(
+    operands: Operands, options: Options, variant: str, x_shape: Sequence[int] | None = None
+) -> BlockSpec:
+    """Check everything about a call but its seed; `x_shape` stands in for x's."""
+    check_operands(*operands)
+    x, weight, bias, gamma, _ = operands
+    spec = BlockSpec.from_arguments(
+        x.shape if x_shape is None else x_shape,
+        weight.shape,
+        **dict(zip(OPTION_NAMES, options, strict=True)),
+        has_bias=bias is not None,
+        affine=gamma is not None,
+        dtype=str(COMPUTED_DTYPES.get(x.dtype, x.dtype)).removeprefix("torch."),
+    )
+    if variant != "auto":
+        ladder.get(variant)
+    return spec
+
+
+def call_key(operands: Operands, options: Options) -> tuple[Any, ...] | None:
+    """What calls must have in common for one's validation to be good for the other.
+
+    To a dict 1, 1.0 and True are the same key, and so are 0.0 and -0.0; marshalled they differ.
+    Of what cannot be marshalled, or is no tensor, nothing is remembered.
+    """
+    try:
+        tensors = [None if t is None else (t.shape, t.dtype, t.device) for t in operands]
+        return (*tensors, *map(type, options), marshal.dumps(options, 2))
+    except (AttributeError, ValueError):
+        return None
+
+
+def check_operands(x: Any, weight: Any, bias: Any, gamma: Any, beta: Any) -> None:
+    """Check that the tensors are tensors of one dtype and device, the vectors (K,) each.
 
     Raises
     ------
@@ -184,7 +464,8 @@ def check_operands(
         Another dtype or device than x's, or a vector of another shape than (K,); one of gamma
         and beta without the other is fine.
     """
-    for name, tensor in {"x": x, "weight": weight, **vectors}.items():
+    named = {"x": x, "weight": weight, "bias": bias, "gamma": gamma, "beta": beta}
+    for name, tensor in named.items():
         required = name in ("x", "weight")
         if not isinstance(tensor, Tensor):
             if tensor is None and not required:
@@ -211,14 +492,4 @@ def check_operands(
     if x.device.type not in ("cpu", "cuda"):
         raise NotImplementedError(
             f"x is on {x.device}, and the kernels run on CUDA GPUs: use x.cuda() or x.cpu()"
-        )
-    bias, gamma, beta = vectors.values()
-    return x, weight, bias, gamma, beta
-
-
-def check_precision(precision: str) -> None:
-    """Raise `NotImplementedError` for a precision no rung computes in yet."""
-    if precision not in PRECISIONS:
-        raise NotImplementedError(
-            f"precision must be one of {', '.join(map(repr, PRECISIONS))}, but got {precision!r}"
         )

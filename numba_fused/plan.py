@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import torch
+
 from numba_fused import ladder
 from numba_fused.spec import BlockSpec
 
 SIMULATOR_MULTIPLY_ADDS = 2_000_000  # about a minute of simulation
 
 
-def choose(spec: BlockSpec) -> str:
+# Fastest first, by measurement on an H200 (plots/data/ladder.csv). Rungs without a row there are
+# not in the list: what has not been timed is not known to be fast.
+PREFERENCE = ("library_conv", "recompute", "torch")
+
+
+def choose(spec: BlockSpec, device: torch.device | None = None) -> str:
     """Name of the fastest rung that can run `spec` on a GPU.
 
-    By measurement (plots/data/ladder.csv) that is the library's convolution with our statistics
-    and apply kernels, from batch 1 to 128; PyTorch's operators run what it cannot.
+    Parameters
+    ----------
+    spec : BlockSpec
+    device : torch.device, optional
+        The GPU; the current one by default.
     """
-    return "library_conv" if ladder.get("library_conv").limit(spec) is None else "torch"
+    return _choose(spec, ladder.capability(device))
+
+
+@lru_cache(maxsize=4096)
+def _choose(spec: BlockSpec, capability: tuple[int, int]) -> str:
+    rungs = map(ladder.get, PREFERENCE)
+    return next(r.name for r in rungs if r.obstacle(spec, capability) is None)
 
 
 def check_simulable(spec: BlockSpec, variant: str) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 import numba_fused as nf
 from numba_fused import fused_conv_group_norm_min_clamp_dropout as fused
 
-VARIANTS = ["auto", *nf.ladder.names()]
+TENSOR = ["tensor_core", "split", "pipelined"]  # in fp32 alone
+VARIANTS = ["auto", *(name for name in nf.ladder.names() if name not in [*TENSOR, "algebra"])]
 CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "1-D, stride": ((1, 2, 11), (4, 2, 3), {"num_groups": 2, "stride": 2}),
     "2-D, same, even kernel": ((1, 2, 3, 4), (2, 2, 2, 2), {"num_groups": 1, "padding": "same"}),
@@ -53,9 +54,36 @@ def test_gradients_are_the_references(variant: str, case: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if "groups" not in CASES[case][2]])
+@pytest.mark.parametrize("variant", TENSOR)
+def test_gradients_in_fp32(variant: str, case: str) -> None:
+    """Backward is PyTorch's in the call's precision, whatever the forward's products were."""
+    leaves, call = make(case)
+    leaves = [leaf.detach().float().requires_grad_() for leaf in leaves]
+    call |= {"precision": "tf32" if variant == "tensor_core" else "ieee", "seed": 3}
+    ours = gradients(fused(*leaves, **call, variant=variant), leaves)
+    theirs = gradients(nf.reference(*leaves, **call), leaves)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_constant_of_a_degenerate_chain_has_no_gradient() -> None:
+    """Not in PyTorch either: what min and clamp cut passes nothing on."""
+    leaves, call = make("1-D, stride")
+    call |= {"cap": call["min_value"], "seed": 3}
+    with pytest.warns(nf.DegenerateChainWarning):
+        out = fused(*leaves, **call, variant="algebra")
+    for ours, theirs in zip(
+        gradients(out, leaves), gradients(nf.reference(*leaves, **call), leaves), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+        assert not ours.any()
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_backward_draws_the_forwards_mask_again(variant: str) -> None:
     """The mask of the seed drawn in forward, whatever the generator did since."""
+    torch.manual_seed(1)
     leaves, call = make("1-D, stride")
     beta = leaves[-1]
     call |= {"min_value": -50.0, "max_value": 50.0, "cap": 40.0}  # nothing is cut
@@ -156,6 +184,22 @@ def test_a_gradient_penalty_is_the_references(variant: str) -> None:
     ours = penalty(fused(*leaves, **call, seed=3, variant=variant))
     for a, b in zip(ours, penalty(nf.reference(*leaves, **call, seed=3)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("variant", ["auto", "one_kernel"])
+def test_a_gradient_penalty_works_in_half_precision(variant: str) -> None:
+    """The casts are part of the graph: second derivatives arrive at the halves."""
+    leaves, call = make("1-D, stride")
+    halves = [t.detach().bfloat16().requires_grad_() for t in leaves]
+    wide = [t.detach().float().requires_grad_() for t in halves]
+    penalties = []
+    for operands in (halves, wide):
+        out = fused(*operands, **call, seed=3, variant=variant)
+        (gradient,) = torch.autograd.grad(out.float().sum(), operands[0], create_graph=True)
+        penalties.append(torch.autograd.grad(gradient.float().square().sum(), operands[1])[0])
+    assert penalties[1].abs().max() > 1
+    error = (penalties[0].float() - penalties[1]).norm() / penalties[1].norm()
+    assert error < 2e-2
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

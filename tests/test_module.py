@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 import pickle
 from typing import Any
 
@@ -187,6 +188,74 @@ def test_copies_compute_the_same_and_share_nothing(clone: Any) -> None:
     assert not torch.equal(module(x), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_modules_compute_in_fp32(dtype: torch.dtype) -> None:
+    module = small().to(dtype)
+    stir(module)
+    assert {p.dtype for p in module.parameters()} == {dtype}
+    wide, x = copy.deepcopy(module).float(), torch.randn(2, 4, 5, 6).to(dtype)
+    out = module(x, seed=3)
+    assert torch.equal(out, wide(x.float(), seed=3).to(dtype))
+    out.float().square().sum().backward()
+    for parameter in module.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == dtype
+        assert parameter.grad.isfinite().all()
+
+
+def test_half_is_what_the_plain_model_gives_in_half() -> None:
+    module = small().eval()
+    plain = Model(4, 6, 3, 3, -1.0, 1.0, 0.5, cap=0.5, dim=2).eval()
+    plain.load_state_dict(module.state_dict())
+    x = torch.randn(2, 4, 5, 6)
+    exact = plain(x)
+    assert (module.half()(x.half()) - exact).abs().max() < 5e-3
+
+
+def test_an_empty_batch_goes_through_and_back() -> None:
+    module, x = small(), torch.randn(0, 4, 5, 6, requires_grad=True)
+    out = module(x)
+    assert out.shape == (0, 6, 3, 4)
+    out.sum().backward()
+    assert x.grad is not None
+    assert all((p.grad == 0).all() for p in module.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("variant", ["auto", "one_kernel"])
+@pytest.mark.parametrize("frozen", ["conv", "norm", "conv.bias"])
+def test_frozen_parts_get_no_gradient_and_change_no_other(frozen: str, variant: str) -> None:
+    module, twin = small(variant=variant), small(variant=variant)
+    x = torch.randn(2, 4, 5, 6)
+    twin.load_state_dict(module.state_dict())
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    for m in (module, twin):
+        m(x, seed=3).square().sum().backward()
+    for (name, ours), theirs in zip(module.named_parameters(), twin.parameters(), strict=True):
+        if name.startswith(frozen):
+            assert ours.grad is None
+        else:
+            torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_meta_modules_can_be_materialised() -> None:
+    module, source, x = small(device="meta"), small().eval(), torch.randn(1, 4, 5, 6)
+    assert all(p.is_meta for p in module.parameters())
+    module = module.to_empty(device="cpu")
+    module.load_state_dict(source.state_dict())
+    assert torch.equal(module.eval()(x), source(x))
+
+
+@pytest.mark.gpu
+def test_to_a_gpu_and_back() -> None:
+    module, x = small().eval(), torch.randn(2, 4, 5, 6)
+    expected = module(x)
+    on_gpu = module.to("cuda")(x.cuda())
+    assert on_gpu.is_cuda
+    torch.testing.assert_close(on_gpu.cpu(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(module.to("cpu")(x), expected)
+
+
 def test_repr_names_what_matters() -> None:
     shown = repr(small(variant="epilogue"))
     for part in (
@@ -200,6 +269,96 @@ def test_repr_names_what_matters() -> None:
         "variant='epilogue'",
     ):
         assert part in shown
+
+
+# ---- from PyTorch's modules and back -------------------------------------------------------------
+
+CONVERTED: dict[str, tuple[nn.Module, nn.Module]] = {
+    "1-D, stride": (nn.Conv1d(4, 6, 3, stride=2, padding=1), nn.GroupNorm(3, 6)),
+    "2-D, same, dilation": (
+        nn.Conv2d(4, 6, (2, 3), padding="same", dilation=2),
+        nn.GroupNorm(2, 6, eps=0.1),
+    ),
+    "3-D, groups, no bias": (
+        nn.Conv3d(4, 6, 2, groups=2, bias=False, padding=(0, 1, 2)),
+        nn.GroupNorm(6, 6),
+    ),
+    "not affine": (nn.Conv2d(4, 6, 3), nn.GroupNorm(3, 6, affine=False)),
+    "fp64": (nn.Conv2d(4, 6, 3).double(), nn.GroupNorm(3, 6).double()),
+}
+
+
+@pytest.mark.parametrize("case", CONVERTED)
+def test_modules_become_the_block_and_come_back(case: str) -> None:
+    conv, norm = (copy.deepcopy(module) for module in CONVERTED[case])
+    assert isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    assert isinstance(norm, nn.GroupNorm)
+    stir(norm)
+    dropout = nn.Dropout(0.25)
+    generator = torch.random.get_rng_state()
+    block = Fused.from_modules(conv, norm, dropout, -1.0, 1.0, 0.5)
+    assert torch.equal(torch.random.get_rng_state(), generator)
+    x = torch.randn(2, 4, *(7, 8, 9)[: conv.weight.ndim - 2], dtype=conv.weight.dtype)
+    plain = torch.clamp(norm(conv(x)).clamp(max=0.5), -1.0, 1.0)
+    torch.testing.assert_close(block.eval()(x), plain)
+    kept = torch.from_numpy(nf.keep_mask(3, plain.shape, 0.25))
+    torch.testing.assert_close(block.train()(x, seed=3), plain * kept / 0.75)
+
+    returned = block.to_modules()
+    assert all(map(operator.is_, returned, (conv, norm, dropout)))
+    again = Fused.from_modules(*returned, -1.0, 1.0, 0.5)
+    assert repr(again) == repr(block)
+
+
+def test_conversion_keeps_mode_and_optimizer() -> None:
+    """Parameters are shared, so whoever holds them trains the block."""
+    conv, norm, dropout = nn.Conv2d(4, 6, 3), nn.GroupNorm(3, 6), nn.Dropout(0.5).eval()
+    optimizer = torch.optim.SGD([*conv.parameters(), *norm.parameters()], lr=0.1)
+    block = Fused.from_modules(conv, norm, dropout, -1.0, 1.0, 0.5, precision="tf32")
+    assert not block.training
+    assert (block.precision, block.variant) == ("tf32", "auto")
+    x, before = torch.randn(2, 4, 5, 6), conv.weight.detach().clone()
+    block(x).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(block.conv.weight, before)
+
+
+SPECTRAL = nn.utils.spectral_norm(nn.Conv2d(4, 6, 3))
+CONV, NORM, DROPOUT = nn.Conv2d(4, 6, 3), nn.GroupNorm(3, 6), nn.Dropout(0.5)
+
+
+@pytest.mark.parametrize(
+    ("modules", "exception", "message"),
+    [
+        ((nn.ConvTranspose2d(4, 6, 3), NORM, DROPOUT), TypeError, "conv .*got ConvTranspose2d"),
+        ((nn.LazyConv2d(6, 3), NORM, DROPOUT), TypeError, "conv must be nn.Conv1d .*LazyConv2d"),
+        ((CONV, nn.BatchNorm2d(6), DROPOUT), TypeError, "norm must be nn.GroupNorm, .*BatchNorm2d"),
+        ((CONV, NORM, nn.Dropout2d(0.5)), TypeError, "dropout must be nn.Dropout, .*Dropout2d"),
+        ((CONV, NORM, nn.Identity()), TypeError, "dropout must be nn.Dropout, .*Identity"),
+        ((CONV, nn.GroupNorm(3, 9), DROPOUT), ValueError, "channels as conv gives, 6, but has 9"),
+        (
+            (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), NORM, DROPOUT),
+            ValueError,
+            "padding_mode must be 'zeros', but conv has 'reflect'",
+        ),
+        ((SPECTRAL, NORM, DROPOUT), ValueError, "conv has hooks"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_modules_that_compute_something_else_are_refused(
+    modules: tuple[Any, Any, Any], exception: type[Exception], message: str
+) -> None:
+    with pytest.raises(exception, match=message):
+        Fused.from_modules(*modules, -1.0, 1.0, 0.5)
+
+
+def test_conversion_checks_bounds_variant_and_precision() -> None:
+    with pytest.raises(ValueError, match="min_value"):
+        Fused.from_modules(CONV, NORM, DROPOUT, math.nan, 1.0)
+    with pytest.raises(ValueError, match="unknown variant 'best'"):
+        Fused.from_modules(CONV, NORM, DROPOUT, -1.0, 1.0, variant="best")
+    with pytest.raises(NotImplementedError, match="but got 'fp8'"):
+        Fused.from_modules(CONV, NORM, DROPOUT, -1.0, 1.0, precision="fp8")
 
 
 # ---- bad arguments ------------------------------------------------------------------------------

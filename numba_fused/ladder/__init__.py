@@ -6,6 +6,8 @@ to `_MODULES` appears in all of them.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -18,9 +20,22 @@ from numba_fused.ladder import (
     rung_2_pointwise,
     rung_3_epilogue,
     rung_4_one_kernel,
+    rung_5_tiled,
+    rung_6_recompute,
+    rung_7_tensor_core,
+    rung_8_split,
+    rung_9_pipelined,
     rung_10_library_conv,
+    rung_11_algebra,
 )
-from numba_fused.ladder.rung import Ledger, Operands, Rung, gpu_launcher
+from numba_fused.ladder.rung import (
+    LaunchArguments,
+    Ledger,
+    Operands,
+    Rung,
+    gpu_launcher,
+    once,
+)
 from numba_fused.reference import seed_tensor
 from numba_fused.spec import BlockSpec, check_threads_per_block
 
@@ -28,7 +43,7 @@ if TYPE_CHECKING:
     from numba_fused.device.launch import Launcher
     from numba_fused.simulator import Simulator
 
-__all__ = ["Ledger", "Operands", "Rung", "get", "names", "run", "rungs"]
+__all__ = ["Ledger", "Operands", "Rung", "capability", "get", "names", "run", "rungs"]
 
 DEFAULT_THREADS_PER_BLOCK = 256
 
@@ -38,7 +53,23 @@ _MODULES = (
     rung_2_pointwise,
     rung_3_epilogue,
     rung_4_one_kernel,
+    rung_5_tiled,
+    rung_6_recompute,
+    rung_7_tensor_core,
+    rung_8_split,
+    rung_9_pipelined,
     rung_10_library_conv,
+    rung_11_algebra,
+)
+
+_ANY_BLOCK_SIZE = (
+    rung_1_unfused,
+    rung_2_pointwise,
+    rung_3_epilogue,
+    rung_4_one_kernel,
+    rung_5_tiled,
+    rung_6_recompute,
+    rung_11_algebra,
 )
 
 
@@ -50,7 +81,7 @@ def _rung(module: ModuleType) -> Rung:
         name=name,
         idea=(module.__doc__ or "").partition("\n")[0],
         module=module,
-        takes_threads_per_block=module not in (rung_0_torch, rung_10_library_conv),
+        takes_threads_per_block=module in _ANY_BLOCK_SIZE,
     )
 
 
@@ -78,6 +109,18 @@ def get(name: str) -> Rung:
     if name not in _RUNGS:
         raise ValueError(f"unknown variant {name!r}: use 'auto' or one of {', '.join(names())}")
     return _RUNGS[name]
+
+
+# What the simulator and a machine without a GPU are taken for: the GPU the rows were measured on.
+H200_CAPABILITY = (9, 0)
+
+
+@cache
+def capability(device: torch.device | None = None) -> tuple[int, int]:
+    """Compute capability of a GPU, the current one by default; an H200's where there is none."""
+    if not torch.cuda.is_available():
+        return H200_CAPABILITY
+    return torch.cuda.get_device_capability(device)
 
 
 def run(
@@ -122,27 +165,30 @@ def run(
     Raises
     ------
     ValueError
-        Unknown rung, a shape it cannot run, or a bad `threads_per_block`.
+        Unknown rung, a shape or a GPU it cannot run on, or a bad `threads_per_block`.
     """
     rung = get(name)
     check_threads_per_block(threads_per_block)
-    reason = rung.limit(spec)
+    reason = rung.obstacle(spec, capability(x.device)) if x.is_cuda else rung.limit(spec)
     if reason is not None:
         raise ValueError(f"variant {name!r} cannot run this shape: {reason}")
+    arguments = once(LaunchArguments, spec)
     if out is None:
-        out = torch.empty(spec.output_shape, dtype=x.dtype, device=x.device)
-    if out.numel() == 0:
+        out = torch.empty(arguments.output_shape, dtype=x.dtype, device=x.device)
+    if arguments.empty:
         return out
-    with torch.no_grad():
+    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():  # the former takes 2 us
         operands = Operands(
             spec=spec,
-            x=x.detach().contiguous().view(-1),
-            weight=weight.detach().contiguous().view(-1),
-            bias=_vector(bias, 0.0, x, spec),
-            gamma=_vector(gamma, 1.0, x, spec),
-            beta=_vector(beta, 0.0, x, spec),
+            x=x.ravel(),
+            weight=weight.ravel(),
+            bias=_vector(bias, 0.0, weight),
+            gamma=_vector(gamma, 1.0, weight),
+            beta=_vector(beta, 0.0, weight),
             # Nothing is drawn from torch's generator unless the mask is.
-            seed=seed_tensor(seed if spec.draws else 0, x.device),
+            seed=seed_tensor(seed, x.device)
+            if spec.draws
+            else _neutral(0, 1, torch.int64, x.device),
             out=out.view(-1),
             threads_per_block=threads_per_block,
         )
@@ -150,11 +196,34 @@ def run(
     return out
 
 
-def _vector(values: Tensor | None, default: float, x: Tensor, spec: BlockSpec) -> Tensor:
+def _vector(values: Tensor | None, default: float, weight: Tensor) -> Tensor:
     """A per-channel operand; an absent one becomes its neutral element."""
     if values is None:
-        return torch.full((spec.out_channels,), default, dtype=x.dtype, device=x.device)
-    return values.detach().contiguous()
+        return _neutral(default, weight.shape[0], weight.dtype, weight.device)
+    return values.contiguous()
+
+
+# Never written to, so that any call on any stream may read them.
+_neutrals: dict[tuple[float, int, torch.dtype, torch.device], Tensor] = {}
+
+
+def _neutral(value: float, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A vector of equal values, made once: filling one takes a launch.
+
+    What is allocated while a CUDA graph is captured belongs to the graph, and what is made while
+    torch traces a program is no tensor: neither is kept.
+    """
+    key = value, size, dtype, device
+    kept = _neutrals.get(key)
+    if kept is not None:
+        return kept
+    made = torch.full((size,), value, dtype=dtype, device=device)
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if capturing or type(made) is not Tensor:
+        return made
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # other streams do not wait for this one
+    return _neutrals.setdefault(key, made)
 
 
 def _launcher(device: torch.device, simulator: Simulator | None) -> Launcher:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,14 @@ from torch import Tensor
 
 from numba_fused.device.launch import GpuLauncher, Launcher
 from numba_fused.spec import BlockSpec
+
+Result = TypeVar("Result")
+
+
+@functools.lru_cache(maxsize=4096)
+def once(function: Callable[[BlockSpec], Result], spec: BlockSpec) -> Result:
+    """``function(spec)``, worked out once for each spec: what a call repeats costs microseconds."""
+    return function(spec)
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,9 @@ class Ledger:
 
 def gpu_launcher(device: torch.device) -> Launcher:
     """Launches on torch's current stream of the CUDA `device`."""
-    return GpuLauncher(device.index or 0, torch.cuda.current_stream(device).cuda_stream)
+    index = device.index or 0
+    # The handle alone: torch.cuda.current_stream makes an object around it, for two microseconds.
+    return GpuLauncher(index, torch._C._cuda_getCurrentRawStream(index))
 
 
 def vector_bytes(spec: BlockSpec) -> int:
@@ -79,7 +90,55 @@ def sample_limit(spec: BlockSpec) -> str | None:
     )
 
 
-@dataclass(frozen=True)
+class LaunchArguments:
+    """What of the `Operands` depends on the spec alone."""
+
+    def __init__(self, spec: BlockSpec) -> None:
+        self.spec = spec
+        self.output_shape = spec.output_shape
+        self.output_size = spec.volume(spec.output_shape)[2:]
+        self.empty = spec.batch == 0
+        self.group_count = spec.batch * spec.num_groups
+        self.sample_size = spec.group_size * spec.num_groups
+        self.real = np.float64 if spec.dtype == "float64" else np.float32
+
+    @functools.cached_property
+    def groups(self) -> tuple[np.int32, np.int32]:
+        """(group_size, num_groups): fits only shapes that the kernels can run."""
+        return np.int32(self.spec.group_size), np.int32(self.spec.num_groups)
+
+    @functools.cached_property
+    def geometry(self) -> tuple[tuple[np.int32, ...], ...]:
+        """Shapes, stride, padding and dilation."""
+        spec = self.spec
+        tuples = (
+            spec.volume(spec.x_shape),
+            spec.volume(spec.weight_shape),
+            self.output_size,
+            spec.stride3,
+            spec.padding3,
+            spec.dilation3,
+        )
+        return tuple(tuple(map(np.int32, entries)) for entries in tuples)
+
+    @functools.cached_property
+    def bounds(self) -> tuple[Any, ...]:
+        """(cap, min_value, max_value)."""
+        return tuple(map(self.real, (self.spec.cap, self.spec.min_value, self.spec.max_value)))
+
+    @functools.cached_property
+    def dropout(self) -> tuple[Any, ...]:
+        """(width, threshold, scale)."""
+        spec = self.spec
+        return self.output_size[2], spec.drop_threshold, self.real(spec.keep_scale)
+
+    @functools.cached_property
+    def eps(self) -> Any:
+        """In the kernels' type."""
+        return self.real(self.spec.eps)
+
+
+@dataclass(eq=False)  # not frozen, which would take a microsecond more to construct
 class Operands:
     """The tensors of one call, shaped for the kernels.
 
@@ -106,11 +165,15 @@ class Operands:
     seed: Tensor
     out: Tensor
     threads_per_block: int
+    _arguments: LaunchArguments = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._arguments = once(LaunchArguments, self.spec)
 
     @property
     def group_count(self) -> int:
         """(Sample, group) pairs: N * G."""
-        return self.spec.batch * self.spec.num_groups
+        return self._arguments.group_count
 
     @property
     def blocks(self) -> int:
@@ -120,53 +183,42 @@ class Operands:
     @property
     def groups(self) -> tuple[np.int32, np.int32]:
         """(group_size, num_groups) in 32 bits, which saves the kernels' loops registers."""
-        return np.int32(self.spec.group_size), np.int32(self.spec.num_groups)
+        return self._arguments.groups
 
     @property
     def sample_size(self) -> int:
         """Output values of one sample."""
-        return self.spec.group_size * self.spec.num_groups
+        return self._arguments.sample_size
 
     @property
     def output_size(self) -> tuple[int, ...]:
         """(D, H, W) of the output."""
-        return self.spec.volume(self.spec.output_shape)[2:]
+        return self._arguments.output_size
 
     @property
     def geometry(self) -> tuple[tuple[np.int32, ...], ...]:
         """What `convolve_at` needs to find its taps; see `device.convolution`."""
-        spec = self.spec
-        tuples = (
-            spec.volume(spec.x_shape),
-            spec.volume(spec.weight_shape),
-            self.output_size,
-            spec.stride3,
-            spec.padding3,
-            spec.dilation3,
-        )
-        return tuple(tuple(map(np.int32, entries)) for entries in tuples)
+        return self._arguments.geometry
 
     @property
     def bounds(self) -> tuple[Any, ...]:
         """(cap, min_value, max_value) in the kernels' type."""
-        real, spec = self.real, self.spec
-        return real(spec.cap), real(spec.min_value), real(spec.max_value)
+        return self._arguments.bounds
 
     @property
     def dropout(self) -> tuple[Any, ...]:
         """The trailing arguments of `rng.dropout`: seed, width, threshold, scale."""
-        spec = self.spec
-        return self.seed, self.output_size[2], spec.drop_threshold, self.real(spec.keep_scale)
+        return self.seed, *self._arguments.dropout
 
     @property
     def eps(self) -> Any:
         """eps in the kernels' type."""
-        return self.real(self.spec.eps)
+        return self._arguments.eps
 
     @property
     def real(self) -> Callable[[float], Any]:
         """The kernels' floating type: an np.float32 argument keeps fp32 arithmetic fp32."""
-        return np.float64 if self.spec.dtype == "float64" else np.float32
+        return self._arguments.real
 
 
 @dataclass(frozen=True)
@@ -182,7 +234,8 @@ class Rung:
     idea : str
         The first line of the module's docstring.
     module : module
-        Holds `forward` and `ledger`; also `limit` if there are shapes it cannot run.
+        Holds `forward` and `ledger`; also `limit` if there are shapes it cannot run, and
+        `least_capability` if it needs more than any GPU has.
     takes_threads_per_block : bool
         Whether the block size is a free axis.
     """
@@ -204,4 +257,16 @@ class Rung:
     def limit(self, spec: BlockSpec) -> str | None:
         """Why the rung cannot run `spec`, or None if it can."""
         limit = getattr(self.module, "limit", None)
-        return limit(spec) if limit else None
+        return once(limit, spec) if limit else None
+
+    @property
+    def least_capability(self) -> tuple[int, int]:
+        """The oldest compute capability whose instructions suffice."""
+        return getattr(self.module, "least_capability", (0, 0))
+
+    def obstacle(self, spec: BlockSpec, capability: tuple[int, int]) -> str | None:
+        """As `limit`, on a GPU of this compute capability."""
+        if capability < self.least_capability:
+            needed, found = ("{}.{}".format(*c) for c in (self.least_capability, capability))
+            return f"it needs compute capability {needed}, and this GPU has {found}"
+        return self.limit(spec)
