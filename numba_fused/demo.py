@@ -6,9 +6,10 @@ which runs the same kernels from the same source and counts every byte they move
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -78,7 +79,11 @@ def run() -> Iterator[Line]:
 
 
 def _on_gpu() -> Iterator[Line]:
-    for row in bench.run(CASE, ladder.names()):
+    of_rung = {rung.name: at_its_precision(rung, spec()).precision for rung in ladder.rungs()}
+    runs = itertools.groupby(ladder.names(), key=of_rung.__getitem__)
+    for row in itertools.chain.from_iterable(
+        bench.run(CASE, list(names), precision=precision) for precision, names in runs
+    ):
         rung = ladder.get(row["variant"])
         ledger = rung.ledger(bench.case_spec(CASE))
         verdicts = {"ok": "right", "skipped": "skipped", "failed": "WRONG"}
@@ -100,9 +105,15 @@ def _on_gpu() -> Iterator[Line]:
 def _in_simulator() -> Iterator[Line]:
     tensors = _inputs(MINIATURE)
     keep = mask_of(MINIATURE, SEED, "cpu")
-    ruler = yardstick(MINIATURE, tensors, keep)
     for rung in ladder.rungs():
-        yield simulate(rung, MINIATURE, tensors, ruler, keep)
+        problem = at_its_precision(rung, MINIATURE)
+        yield simulate(rung, problem, tensors, yardstick(problem, tensors, keep), keep)
+
+
+def at_its_precision(rung: ladder.Rung, spec: BlockSpec) -> BlockSpec:
+    """`spec`, in TF32 for a rung that knows nothing else."""
+    coarse = replace(spec, precision="tf32")
+    return coarse if rung.limit(spec) and not rung.limit(coarse) else spec
 
 
 def simulate(
@@ -118,7 +129,7 @@ def simulate(
     ledger = rung.ledger(spec)
     identity = (rung.number, rung.name, rung.idea)
     predicted = (ledger.launches, ledger.bytes_read, ledger.bytes_written)
-    if reason := rung.limit(spec):
+    if reason := rung.obstacle(spec, ladder.capability()):
         return Line(*identity, f"skipped: {reason}", *predicted)
     simulator, start = Simulator(count=True), time.perf_counter()
     out = poisoned(spec, "cpu")
