@@ -637,7 +637,7 @@ def test_absent_vectors_are_made_once() -> None:
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, stub: Driver) -> None:
     """CPU tensors launch on a stub driver that does nothing."""
     monkeypatch.setattr(stub, "_launch", lambda *_: (driver.CUresult.CUDA_SUCCESS,))
-    monkeypatch.setattr(ladder, "_launcher", lambda device, simulator: GpuLauncher(0, 0))
+    monkeypatch.setattr(ladder, "launcher_for", lambda device, simulator: GpuLauncher(0, 0))
     monkeypatch.setattr(ops.plan, "check_simulable", lambda spec, variant: None)
 
 

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from numba_fused.backward import clear
 from numba_fused.backward.clear import Wanted, ledger, limit
-from numba_fused.ladder.rung import gpu_launcher
+from numba_fused.ladder import channel_vector, launcher_for
 from numba_fused.reference import seed_tensor
 from numba_fused.spec import BlockSpec
 
 if TYPE_CHECKING:
-    from numba_fused.device.launch import Launcher
     from numba_fused.simulator import Simulator
 
 NAMES = ("x", "weight", "bias", "gamma", "beta")
@@ -93,33 +92,16 @@ def run(
                 spec=spec,
                 x=x.ravel(),
                 weight=weight.ravel(),
-                bias=_vector(bias, 0.0, weight),
-                gamma=_vector(gamma, 1.0, weight),
-                beta=_vector(beta, 0.0, weight),
+                bias=channel_vector(bias, 0.0, weight),
+                gamma=channel_vector(gamma, 1.0, weight),
+                beta=channel_vector(beta, 0.0, weight),
                 grad_out=grad_out.ravel(),
                 seed=seed_tensor(seed if spec.draws else 0, x.device),
             )
             statistics = None if mean is None or rstd is None else (mean, rstd)
-            found = clear.gradients(_launcher(x.device, simulator), operands, statistics, wanted)
+            found = clear.gradients(launcher_for(x.device, simulator), operands, statistics, wanted)
     dx, dweight, dbias, dgamma, dbeta = (
         g.view(t.shape) if want and t is not None and g is not None else None
         for t, g, want in zip(tensors, found, wanted, strict=True)
     )
     return dx, dweight, dbias, dgamma, dbeta
-
-
-def _vector(values: Tensor | None, default: float, weight: Tensor) -> Tensor:
-    """A per-channel operand; an absent one becomes its neutral element."""
-    if values is None:
-        return weight.new_full(weight.shape[:1], default)
-    return values.contiguous()
-
-
-def _launcher(device: torch.device, simulator: Simulator | None) -> Launcher:
-    if device.type == "cuda":
-        return gpu_launcher(device)
-    if simulator is None:
-        from numba_fused.simulator import Simulator
-
-        simulator = Simulator()
-    return simulator.launch

@@ -22,6 +22,7 @@ from numba import cuda, float32, int32, int64, uint32, uint64
 
 from numba_fused.device import ptx
 from numba_fused.device.convolution import divide
+from numba_fused.device.pointwise import clip_float32
 from numba_fused.device.tile_shape import (
     CHANNELS,
     COLUMNS,
@@ -524,8 +525,8 @@ def tile_functions(shape: TileShape) -> TileFunctions:
     ):
         """Normalise, min, clamp and drop, in registers.
 
-        `bounds` are (upper, lower), of which ``max(min(h, upper), lower)`` is min and clamp both,
-        already multiplied by the kept values' scale, as gamma and beta are here; `dropout` is
+        `bounds` are those of `clip_bounds`, already multiplied by the kept values' scale, as gamma
+        and beta are here; `dropout` is
         (whether to draw, the largest draw that drops, scale).
         """
         draws, last_dropped, keep_scale = dropout
@@ -547,7 +548,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
             slope *= unscale_x * unscale[k]
             for j in range(COLUMNS):
                 value = acc[4 * j + r] * slope + start
-                acc[4 * j + r] = ptx.maximum_nan(ptx.minimum_nan(value, bounds[0]), bounds[1])
+                acc[4 * j + r] = clip_float32(value, bounds[0], bounds[1])
             if draws:
                 this = stream + (r % 2 * streams_per_row + r // 2 * 8 * streams_per_channel)
                 s0, s1 = seed_stream(uint64(seed[0]), uint64(this))

@@ -43,7 +43,18 @@ if TYPE_CHECKING:
     from numba_fused.device.launch import Launcher
     from numba_fused.simulator import Simulator
 
-__all__ = ["Ledger", "Operands", "Rung", "capability", "get", "names", "run", "rungs"]
+__all__ = [
+    "Ledger",
+    "Operands",
+    "Rung",
+    "capability",
+    "channel_vector",
+    "get",
+    "launcher_for",
+    "names",
+    "run",
+    "rungs",
+]
 
 DEFAULT_THREADS_PER_BLOCK = 256
 
@@ -182,9 +193,9 @@ def run(
             spec=spec,
             x=x.ravel(),
             weight=weight.ravel(),
-            bias=_vector(bias, 0.0, weight),
-            gamma=_vector(gamma, 1.0, weight),
-            beta=_vector(beta, 0.0, weight),
+            bias=channel_vector(bias, 0.0, weight),
+            gamma=channel_vector(gamma, 1.0, weight),
+            beta=channel_vector(beta, 0.0, weight),
             # Nothing is drawn from torch's generator unless the mask is.
             seed=seed_tensor(seed, x.device)
             if spec.draws
@@ -192,11 +203,11 @@ def run(
             out=out.view(-1),
             threads_per_block=threads_per_block,
         )
-        rung.forward(_launcher(x.device, simulator), operands)
+        rung.forward(launcher_for(x.device, simulator), operands)
     return out
 
 
-def _vector(values: Tensor | None, default: float, weight: Tensor) -> Tensor:
+def channel_vector(values: Tensor | None, default: float, weight: Tensor) -> Tensor:
     """A per-channel operand; an absent one becomes its neutral element."""
     if values is None:
         return _neutral(default, weight.shape[0], weight.dtype, weight.device)
@@ -226,7 +237,8 @@ def _neutral(value: float, size: int, dtype: torch.dtype, device: torch.device) 
     return _neutrals.setdefault(key, made)
 
 
-def _launcher(device: torch.device, simulator: Simulator | None) -> Launcher:
+def launcher_for(device: torch.device, simulator: Simulator | None) -> Launcher:
+    """Torch's current stream of a GPU, or the simulator for the CPU."""
     if device.type == "cuda":
         return gpu_launcher(device)
     if simulator is None:

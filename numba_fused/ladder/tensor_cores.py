@@ -14,6 +14,7 @@ from torch import Tensor
 from numba_fused.device.fragments import THREADS as PACK_THREADS
 from numba_fused.device.fragments import pack_kernel
 from numba_fused.device.launch import Launcher
+from numba_fused.device.pointwise import clip_bounds
 from numba_fused.device.tile_shape import LONGEST_WINDOW, TileShape, Triple
 from numba_fused.ladder.rung import Ledger, Operands, sample_limit, seed_bytes, vector_bytes
 from numba_fused.spec import BlockSpec
@@ -127,8 +128,7 @@ class TilePlan:
     tiles : int32
         Of all samples.
     bounds : (float32, float32)
-        (upper, lower) such that ``max(min(h, upper), lower)`` is min and clamp, times the kept
-        values' scale. ``min_value > max_value`` gives `max_value`, as in PyTorch.
+        Those of `clip_bounds`, times the kept values' scale.
     dropout : (bool, uint32, float32)
         Whether to draw, the largest draw that drops, the scale.
     packed_tiles, partial_values : int
@@ -141,12 +141,10 @@ class TilePlan:
         self.packed_tiles = shape.tiles[0] * shape.channel_warps
         self.partial_values = 3 * int(self.tiles) // shape.tiles[0] * shape.records
 
-        ordered = spec.min_value <= spec.max_value
-        upper = min(spec.cap, spec.max_value) if ordered else spec.max_value
-        lower = min(spec.min_value, spec.max_value)
         # What is dropped is multiplied by zero anyway, so with p = 1 any scale will do.
         scale = spec.keep_scale or 1.0
-        self.bounds = np.float32(upper * scale), np.float32(lower * scale)
+        lower, upper = clip_bounds(spec.cap, spec.min_value, spec.max_value)
+        self.bounds = np.float32(lower * scale), np.float32(upper * scale)
         last_dropped = np.uint32(max(spec.drop_threshold - 1, 0))
         self.dropout = np.bool_(spec.drop_threshold > 0), last_dropped, np.float32(scale)
 
