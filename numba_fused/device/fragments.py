@@ -18,7 +18,7 @@ from typing import Any
 from numba import cuda, float32, int32, int64, uint32, uint64
 
 from numba_fused.device import ptx
-from numba_fused.device.tensor_tile import power_of_two, scale_exponent
+from numba_fused.device.tensor_tile import ABSENT, power_of_two, scale_exponent
 from numba_fused.device.tile_shape import CHANNELS, WARP, TileShape
 
 THREADS = 256
@@ -29,7 +29,7 @@ LANES_PER_CHANNEL = THREADS // CHANNELS
 
 @cache
 def pack_kernel(shape: TileShape) -> Any:
-    """The kernel that packs weights for tiles of `shape`: one block per 16 output channels."""
+    """The kernel that packs weights for tiles of `shape`, 16 output channels a block."""
     in_channels, out_channels, sources = shape.in_channels, shape.out_channels, shape.sources
     kernel_d, kernel_h, kernel_w = shape.kernel_size
     taps = in_channels * kernel_d * kernel_h * kernel_w
@@ -39,6 +39,7 @@ def pack_kernel(shape: TileShape) -> Any:
     halves, split = values_per_word == 2, shape.split
     slot_table = shape.slots.reshape(-1)
     part_words = steps * WARP * 4
+    packed_tiles, unscale_at, records_at = shape.packed_tiles, shape.unscale_at, shape.records_at
 
     @cuda.jit(device=True)
     def weight_at(weight, k, source, slot):
@@ -51,16 +52,22 @@ def pack_kernel(shape: TileShape) -> Any:
         return value
 
     @cuda.jit(launch_bounds=THREADS)
-    def pack_weights(weight, fragments, unscale, counters):
-        """Pack the weights, note the factors that undo their scale, and zero `counters`."""
+    def pack_weights(weight, scratch, absent):
+        """Pack the weights, note the factors that undo their scale, and mark records as absent.
+
+        `absent` words of records are marked, by all blocks; those beyond the 16-channel tiles do
+        nothing else.
+        """
         exponents = cuda.shared.array(CHANNELS, int32)
         slots = cuda.const.array_like(slot_table)
         thread = int32(cuda.threadIdx.x)
         first_k = int32(cuda.blockIdx.x * CHANNELS)
         i = int32(cuda.grid(1))
-        while i < counters.size:
-            counters[i] = 0
+        while i < absent:
+            scratch[uint64(records_at + i)] = ABSENT
             i = int32(i + cuda.gridsize(1))
+        if int32(cuda.blockIdx.x) >= packed_tiles:
+            return
 
         channel = int32(thread // LANES_PER_CHANNEL)
         k = int32(first_k + channel)
@@ -79,7 +86,8 @@ def pack_kernel(shape: TileShape) -> Any:
         if thread % LANES_PER_CHANNEL == 0:
             exponent = scale_exponent(ptx.float_bits(peak)) if halves else int32(127)
             exponents[channel] = exponent
-            unscale[first_k + channel] = power_of_two(254 - exponent)
+            factor = ptx.float_bits(power_of_two(254 - exponent))
+            scratch[uint64(unscale_at + first_k + channel)] = factor
         cuda.syncthreads()
 
         item = thread
@@ -102,9 +110,9 @@ def pack_kernel(shape: TileShape) -> Any:
                     high = ptx.to_tf32(first)
             target = (int64(cuda.blockIdx.x) * chunks + chunk) * (parts * part_words)
             target += int32(int32(step * WARP + lane) * 4 + word)
-            fragments[uint64(target)] = high
+            scratch[uint64(target)] = high
             if split:
-                fragments[uint64(target + part_words)] = low
+                scratch[uint64(target + part_words)] = low
             item = int32(item + THREADS)
 
     return pack_weights

@@ -28,6 +28,7 @@ from numba.cuda import types
 from numba_fused.device.cubins import cubin
 
 Dim: TypeAlias = int | tuple[int, ...]
+Geometry: TypeAlias = tuple[int, ...]
 
 
 class Launcher(Protocol):
@@ -72,8 +73,8 @@ class GpuLauncher:
     """
 
     def __init__(self, device_index: int, stream: int) -> None:
-        self._gpu = gpu(device_index)
-        self._stream = driver.CUstream(stream)
+        self.gpu = gpu(device_index)
+        self.stream = driver.CUstream(stream)
 
     def __call__(
         self,
@@ -86,20 +87,13 @@ class GpuLauncher:
     ) -> None:
         """Queue one launch; the first one of a kernel compiles it."""
         kinds, words = flatten(args)
-        key = (kernel, *kinds)
-        loaded = self._gpu.kernels.get(key)
-        if loaded is None:
-            loaded = self._gpu.load(kernel, kinds)
-        # A thread that has not used this GPU yet, or uses another one, has another context.
-        _, context = driver.cuCtxGetCurrent()
-        foreign = int(context) != self._gpu.context_address
-        if foreign:
-            check(driver.cuCtxPushCurrent(self._gpu.context))
+        loaded = self.gpu.kernels.get((kernel, *kinds)) or self.gpu.load(kernel, kinds)
+        entered = self.gpu.enter()
         try:
-            loaded.launch(self._stream, grid, block, words, shared_bytes, cooperative)
+            loaded.launch(self.stream, grid, block, words, shared_bytes, cooperative)
         finally:
-            if foreign:
-                check(driver.cuCtxPopCurrent())
+            if entered:
+                self.gpu.leave()
 
 
 # ---- arguments ----------------------------------------------------------------------------------
@@ -135,6 +129,7 @@ SCALAR_TYPES: dict[str, types.Type] = {
 }
 WORD = 8
 CONSTANTS = (0, 1, 2, 4, 8)  # words at the head of each buffer: null, and the itemsizes
+ADDRESS = 4  # an array's address among its parameters
 
 
 class PackedTuple(NamedTuple):
@@ -193,6 +188,12 @@ def flatten(args: Sequence[Any]) -> tuple[list[Any], list[Any]]:
                     f"a kernel takes CUDA tensors, numbers and tuples of numbers, but got "
                     f"{arg!r} of type {type(arg).__name__}"
                 ) from None
+            except RuntimeError as error:
+                raise TypeError(
+                    f"a kernel takes tensors with memory of their own, but one of shape "
+                    f"{tuple(arg.shape)} has none, as under a transform of torch.func: launch in "
+                    f"the body of an operator (torch.library.custom_op), where tensors are plain"
+                ) from error
     return kinds, words
 
 
@@ -251,10 +252,13 @@ class Parameters:
         Of the kernel's arguments.
     offsets : list of int
         Of each flat parameter in the buffer, in the kernel's order.
+    addresses : list of int
+        Which of the flat parameters are the addresses of the arrays.
     """
 
     def __init__(self, kinds: Sequence[Any]) -> None:
         self.offsets: list[int] = []
+        self.addresses: list[int] = []
         self._fields = "<"
         self._size = WORD * len(CONSTANTS)
         signature: list[types.Type] = []
@@ -290,6 +294,7 @@ class Parameters:
         address, size, *shape_and_strides = self._next_words(count_of_words)
         if axes == 1:
             shape_and_strides = [size, itemsize]
+        self.addresses.append(len(self.offsets) + ADDRESS)
         self.offsets += [null, null, size, itemsize, address, *shape_and_strides]
         return types.Array(from_dtype(element), axes, "C")
 
@@ -306,22 +311,27 @@ class Buffer:
         self.memory = ctypes.create_string_buffer(size)
         struct.pack_into(f"<{len(CONSTANTS)}Q", self.memory, 0, *CONSTANTS)
         first = ctypes.addressof(self.memory)
-        self._table = (ctypes.c_void_p * len(offsets))(*(first + offset for offset in offsets))
-        self.table_address = ctypes.addressof(self._table)
+        self.table = (ctypes.c_void_p * len(offsets))(*(first + offset for offset in offsets))
+        self.table_address = ctypes.addressof(self.table)
 
 
 # ---- kernels on a GPU ---------------------------------------------------------------------------
 
 
 class LoadedKernel:
-    """A kernel for one signature, loaded on one GPU."""
+    """A kernel for one signature, loaded on one GPU.
+
+    Attributes
+    ----------
+    parameters : Parameters
+    """
 
     def __init__(
         self, name: str, function: Any, parameters: Parameters, synchronises_grid: bool
     ) -> None:
+        self.parameters = parameters
         self._name = name
         self._function = function
-        self._parameters = parameters
         self._synchronises_grid = synchronises_grid
         self._shared_bytes = 0  # dynamic shared memory that launches may ask for
         self._buffers: list[Buffer] = []  # not in use; append and pop are atomic
@@ -335,30 +345,31 @@ class LoadedKernel:
         shared_bytes: int,
         cooperative: bool,
     ) -> None:
-        """Queue one launch; the driver copies the parameters before it returns."""
+        """Queue one launch."""
         if shared_bytes > self._shared_bytes:
             self._allow(shared_bytes)
+        if self._synchronises_grid and not cooperative:
+            raise ValueError(f"{self._name} synchronises its grid: launch with cooperative=True")
         try:
             buffer = self._buffers.pop()
         except IndexError:
-            buffer = self._parameters.buffer()
-        self._parameters.pack(buffer, words)
-        geometry = (*_three(grid), *_three(block), shared_bytes)
+            buffer = self.parameters.buffer()
+        self.parameters.pack(buffer, words)
+        self.queue(stream, geometry(grid, block, shared_bytes), cooperative, buffer.table_address)
+        self._buffers.append(buffer)
+
+    def queue(self, stream: Any, geometry: Geometry, cooperative: bool, table_address: int) -> None:
+        """Queue a launch of parameters that lie ready: the driver copies them before it returns."""
         if cooperative:
             (status,) = driver.cuLaunchCooperativeKernel(
-                self._function, *geometry, stream, buffer.table_address
+                self._function, *geometry, stream, table_address
             )
-        elif self._synchronises_grid:
-            raise ValueError(f"{self._name} synchronises its grid: launch with cooperative=True")
         else:
-            (status,) = driver.cuLaunchKernel(
-                self._function, *geometry, stream, buffer.table_address, 0
-            )
-        self._buffers.append(buffer)
+            (status,) = driver.cuLaunchKernel(self._function, *geometry, stream, table_address, 0)
         if status:
             raise RuntimeError(
-                f"cannot launch {self._name} with grid {grid}, block {block}, {shared_bytes:,} "
-                f"bytes of dynamic shared memory: {status.name}"
+                f"cannot launch {self._name} with grid {geometry[:3]}, block {geometry[3:6]}, "
+                f"{geometry[6]:,} bytes of dynamic shared memory: {status.name}"
             )
 
     def _allow(self, shared_bytes: int) -> None:
@@ -368,6 +379,11 @@ class LoadedKernel:
             if shared_bytes > self._shared_bytes:
                 check(driver.cuFuncSetAttribute(self._function, attribute, shared_bytes))
                 self._shared_bytes = shared_bytes
+
+
+def geometry(grid: Dim, block: Dim, shared_bytes: int) -> Geometry:
+    """Three axes of the grid, three of the block, and the dynamic shared memory."""
+    return (*_three(grid), *_three(block), shared_bytes)
 
 
 def _three(dim: Dim) -> tuple[int, ...]:
@@ -395,9 +411,24 @@ class Gpu:
         )
         self._index = index
         self._compute_capability = (major, minor)
-        self.context = check(driver.cuDevicePrimaryCtxRetain(device))
-        self.context_address = int(self.context)
+        self._context = check(driver.cuDevicePrimaryCtxRetain(device))
+        self._context_address = int(self._context)
         self.kernels: dict[tuple[Any, ...], LoadedKernel] = {}
+
+    def enter(self) -> bool:
+        """Make torch's context current; whether it was not, so that `leave` must follow.
+
+        A thread that has not used this GPU yet, or uses another one, has another context.
+        """
+        _, context = driver.cuCtxGetCurrent()
+        if int(context) == self._context_address:
+            return False
+        check(driver.cuCtxPushCurrent(self._context))
+        return True
+
+    def leave(self) -> None:
+        """Make the thread's own context current again."""
+        check(driver.cuCtxPopCurrent())
 
     def load(self, kernel: Any, kinds: Sequence[Any]) -> LoadedKernel:
         """Compile the kernel, or find it compiled, and load it."""
@@ -409,7 +440,7 @@ class Gpu:
 
     def _load(self, kernel: Any, parameters: Parameters) -> LoadedKernel:
         made = cubin(kernel, parameters.signature, self._index, self._compute_capability)
-        check(driver.cuCtxPushCurrent(self.context))
+        check(driver.cuCtxPushCurrent(self._context))
         try:
             module = check(driver.cuModuleLoadData(made.code))
             function = check(driver.cuModuleGetFunction(module, made.entry_name.encode()))

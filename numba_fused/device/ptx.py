@@ -243,33 +243,46 @@ def store_2(array, index, a, b):
     array[index], array[index + 1] = a, b
 
 
-def _ordered_load(order: str) -> Callable[..., Any]:
-    def codegen(builder: Any, pointer: Any, _: Any) -> Any:
-        element = pointer.type.pointee
-        letter = "f" if isinstance(element, ir.FloatType) else "r"
-        kind = "f32" if letter == "f" else "u32"
-        address = builder.ptrtoint(pointer, ir.IntType(64))
-        code = ir.InlineAsm(
-            ir.FunctionType(element, [address.type]),
-            f"ld.{order}.gpu.global.{kind} $0, [$1];",
-            f"={letter},l,~{{memory}}",
-            side_effect=True,
-        )
-        return builder.call(code, [address])
-
-    return codegen
+def _load_published(builder: Any, pointer: Any, _: Any) -> Any:
+    word = ir.IntType(64)
+    code = ir.InlineAsm(
+        ir.FunctionType(word, [word]),
+        "ld.relaxed.gpu.global.b64 $0, [$1];",
+        "=l,l,~{memory}",
+        side_effect=True,
+    )
+    loaded = builder.call(code, [builder.ptrtoint(pointer, word)])
+    return builder.bitcast(loaded, _vector_type(pointer, 2))
 
 
-@memory(_ordered_load("relaxed"), lambda element: element)
-def load_fresh(array, index):
-    """A load that another block's store may have changed: it does not trust this SM's cache."""
-    return array[index]
+def _publish(builder: Any, pointer: Any, values: list[Any]) -> None:
+    word = ir.IntType(64)
+    vector = ir.Constant(_vector_type(pointer, 2), ir.Undefined)
+    for lane, value in enumerate(values):
+        vector = builder.insert_element(vector, value, ir.Constant(ir.IntType(32), lane))
+    code = ir.InlineAsm(
+        ir.FunctionType(ir.VoidType(), [word, word]),
+        "st.relaxed.gpu.global.b64 [$0], $1;",
+        "l,l,~{memory}",
+        side_effect=True,
+    )
+    builder.call(code, [builder.ptrtoint(pointer, word), builder.bitcast(vector, word)])
 
 
-@memory(_ordered_load("acquire"), lambda element: element)
-def load_acquire(array, index):
-    """A fresh load of a counter; what its writers published before is visible afterwards."""
-    return cuda.atomic.add(array, index, 0)
+@memory(_publish, lambda element: types.void)
+def publish(array, index, a, b):
+    """Store two neighbours for other blocks to see, now; `index` is even."""
+    cuda.atomic.exch(array, index, a)
+    cuda.atomic.exch(array, index + 1, b)
+
+
+@memory(_load_published, lambda element: types.UniTuple(element, 2))
+def load_published(array, index):
+    """Load two neighbours that another block may be publishing; `index` is even.
+
+    Nothing else of what that block wrote is known to be visible.
+    """
+    return cuda.atomic.add(array, index, 0), cuda.atomic.add(array, index + 1, 0)
 
 
 # ---- warps ------------------------------------------------------------------------------------
@@ -382,3 +395,56 @@ def copy_async_1(target, target_index, source, source_index, inside):
 @instruction("cp.async.wait_all;", "~{memory}", types.void(), side_effect=True)
 def wait_for_copies():
     """Wait until the copies this thread has started are done."""
+
+
+# ---- bulk copies: the copy engine of sm_90 moves whole runs, and one thread asks for it ----------
+
+
+def _copy_out(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    target, target_index, source, source_index, values = args
+    data = context.make_array(sig.args[0])(context, builder, target).data
+    shared = context.make_array(sig.args[2])(context, builder, source).data
+    shared = builder.gep(shared, [source_index])
+    shared = builder.addrspacecast(shared, ir.PointerType(shared.type.pointee, 3))
+    word, address = ir.IntType(32), ir.IntType(64)
+    operands = [
+        builder.ptrtoint(builder.gep(data, [target_index]), address),
+        builder.ptrtoint(shared, word),
+        builder.mul(values, ir.Constant(word, 4)),
+    ]
+    function = ir.FunctionType(ir.VoidType(), [o.type for o in operands])
+    assembly = (
+        "cp.async.bulk.global.shared::cta.bulk_group [$0], [$1], $2; cp.async.bulk.commit_group;"
+    )
+    code = ir.InlineAsm(function, assembly, "l,r,r,~{memory}", side_effect=True)
+    builder.call(code, operands)
+    return context.get_dummy_value()
+
+
+def _copy_out_definition(typingctx: Any, *args: Any) -> Any:
+    target, _, source, _, _ = args
+    kinds = (target, types.uint64, source, types.uint64, types.int32)
+    return types.void(*kinds), _copy_out
+
+
+def _copy_out_meaning(target, target_index, source, source_index, values):
+    """Start copying a run of 4-byte values from shared to global memory.
+
+    Both begin at multiples of 16 bytes, and the number of values is a multiple of 4. What other
+    threads have staged must have been handed over: see `hand_to_copy_engine`.
+    """
+    for i in range(values):
+        target[target_index + i] = source[source_index + i]
+
+
+copy_out = _intrinsic(_copy_out_definition, _copy_out_meaning)
+
+
+@instruction("fence.proxy.async.shared::cta;", "~{memory}", types.void(), side_effect=True)
+def hand_to_copy_engine():
+    """Let what this thread has stored to shared memory be seen by bulk copies; then a barrier."""
+
+
+@instruction("cp.async.bulk.wait_group.read 0;", "~{memory}", types.void(), side_effect=True)
+def wait_for_copies_out():
+    """Wait until what this thread's bulk copies read may be overwritten."""

@@ -18,7 +18,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import cuda, float32, int32, int64, uint32, uint64
+from numba import cuda, float32, float64, int32, int64, uint32, uint64
 
 from numba_fused.device import ptx
 from numba_fused.device.convolution import divide
@@ -43,17 +43,23 @@ HALF = CHANNELS // 2  # channels of a warp that are stored at a time
 INFINITY = float32(math.inf)
 # Halves reach 65504: inputs and weights are scaled so that the largest lies in [2^14, 2^15).
 LARGEST_EXPONENT = 14
+# A moment that has not been published: bits that no arithmetic makes.
+ABSENT, ANOTHER_NAN = np.uint32(0xFFFFFFFF), np.uint32(0x7FFFFFFF)
+MOST_RECORDS_AT_ONCE = 4  # that a lane loads before it waits for one
+WAIT_NANOSECONDS = 40
 
 
 class TileFunctions(NamedTuple):
     """Device functions of one `TileShape`; each is documented where it is defined."""
 
     locate: Any
+    stage_input: Any
     accumulate: Any
     publish_moments: Any
     group_statistics: Any
     finish: Any
     store: Any
+    wait_for_store: Any
 
 
 @cuda.jit(device=True)
@@ -136,10 +142,20 @@ def tile_functions(shape: TileShape) -> TileFunctions:
     group_channels = shape.group_channels
     group_records = group_channels // record_channels
     tile_positions = out_d * row_tiles * column_tiles
-    share_of_group = np.float32(1 / (group_channels * out_d * out_plane))
+    group_entries, records_at_once = (
+        group_records * tile_positions,
+        min(MOST_RECORDS_AT_ONCE, -(-group_records * tile_positions // WARP)),
+    )
+    found_words = 2 * records_at_once
+    share_of_group = 1 / (group_channels * out_d * out_plane)
+
+    unscale_at, records_at = shape.unscale_at, shape.records_at
+    sample_record_words = shape.sample_record_words
 
     store_values, whole_rows, out_row = shape.store, shape.whole_rows, shape.out_row
     even_rows, channel_stride = out_row % 2 == 0, shape.channel_stride
+    whole_output, staged_channels = shape.whole_output, shape.staged_channels
+    channel_warps, bulk_store = shape.channel_warps, shape.bulk_store
     streams_per_row = -(-out_w // COLUMNS)
     streams_per_channel = out_d * out_h * streams_per_row
 
@@ -194,7 +210,6 @@ def tile_functions(shape: TileShape) -> TileFunctions:
                 else:
                     ptx.copy_async_1(staged, target, x, uint64(index), inside)
             position = int32(position + threads)
-        ptx.wait_for_copies()
 
     @cuda.jit(device=True)
     def peak_exponent(staged, peaks):
@@ -286,7 +301,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
             )
 
     @cuda.jit(device=True)
-    def sweep(acc, words, first_word, fragments, first_fragment):
+    def sweep(acc, words, first_word, scratch, first_fragment):
         """Add one product of the chunk: all its steps with one part of the weights."""
         window = cuda.local.array(window_words, uint32)
         weights = cuda.local.array(weight_words, uint32)
@@ -303,7 +318,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
             if many_parts:
                 for tap in range(kernel_w):
                     step = uint64(v * kernel_w) + uint64(tap)
-                    a = ptx.load_4(fragments, start + step * uint64(4 * WARP))
+                    a = ptx.load_4(scratch, start + step * uint64(4 * WARP))
                     weights[4 * tap], weights[4 * tap + 1] = a[0], a[1]
                     weights[4 * tap + 2], weights[4 * tap + 3] = a[2], a[3]
             for part in range(COLUMNS // window_positions):
@@ -315,7 +330,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
                         a = weights[i], weights[i + 1], weights[i + 2], weights[i + 3]
                     else:
                         step = uint64(v * kernel_w) + uint64(tap)
-                        a = ptx.load_4(fragments, start + step * uint64(4 * WARP))
+                        a = ptx.load_4(scratch, start + step * uint64(4 * WARP))
                     for j in range(window_positions):
                         word = 2 * (j * stride_w + tap * dilation_w)
                         position = part * window_positions + j
@@ -327,7 +342,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
             while s < tail_steps:
                 first = int32(base + tails_at[4 * s + lane % 4])
                 step = uint64(s) + uint64(windows * kernel_w)
-                a = ptx.load_4(fragments, start + step * uint64(4 * WARP))
+                a = ptx.load_4(scratch, start + step * uint64(4 * WARP))
                 for position in range(COLUMNS):
                     b = ptx.load_2(words, uint64(first) + uint64(2 * position * stride_w))
                     multiply(acc, position, a, b[0], b[1])
@@ -345,8 +360,12 @@ def tile_functions(shape: TileShape) -> TileFunctions:
         acc[i], acc[i + 1], acc[i + 2], acc[i + 3] = c0, c1, c2, c3
 
     @cuda.jit(device=True)
-    def accumulate(acc, x, fragments, words, staged, peaks, place):
-        """Convolve the tile into `acc`; returns the factor that takes the input's scale back."""
+    def accumulate(acc, x, scratch, words, staged, peaks, place):
+        """Convolve the tile into `acc`; returns the factor that takes the input's scale back.
+
+        The caller has begun to stage the first chunk, and may stage another tile's after the next
+        barrier.
+        """
         channel_warp, _, _ = warp_place()
         channel_tile = int32(place[CHANNEL_TILE] * (tile_channels // CHANNELS) + channel_warp)
         for i in range(ACCUMULATORS):
@@ -355,7 +374,8 @@ def tile_functions(shape: TileShape) -> TileFunctions:
         while chunk < chunks:
             if chunk > 0:
                 cuda.syncthreads()  # the chunk before has been packed from where this is staged
-            stage_input(x, staged, place, chunk)
+                stage_input(x, staged, place, chunk)
+            ptx.wait_for_copies()
             cuda.syncthreads()
             exponent = int32(127)
             if halves:
@@ -375,9 +395,9 @@ def tile_functions(shape: TileShape) -> TileFunctions:
             first = int32(channel_tile * fragment_words + chunk * chunk_words)
             if split:
                 # Smallest products first: what is added to a large sum loses its last bits.
-                sweep(acc, words, low_words, fragments, first)
-                sweep(acc, words, 0, fragments, int32(first + part_words))
-            sweep(acc, words, 0, fragments, first)
+                sweep(acc, words, low_words, scratch, first)
+                sweep(acc, words, 0, scratch, int32(first + part_words))
+            sweep(acc, words, 0, scratch, first)
             chunk = int32(chunk + 1)
         return power_of_two(254 - place[SCALE + (chunks - 1) % 2]) if halves else float32(1)
 
@@ -447,8 +467,8 @@ def tile_functions(shape: TileShape) -> TileFunctions:
             moments[2, warp, g], moments[2, warp, g + 8] = low_m2, high_m2
 
     @cuda.jit(device=True)
-    def publish_moments(acc, unscale_x, unscale, bias, partial, moments, place):
-        """Moments of the tile's records of channels to ``partial[n, tile, :, record]``.
+    def publish_moments(acc, unscale_x, scratch, bias, moments, place):
+        """Publish the moments of the tile's records of channels.
 
         A thread takes one (channel, warp) of them; a record's lie in neighbouring lanes. Chan's
         formula for many sets at once: ``m2 = sum of m2_i + count_i * (mean_i - mean)^2``.
@@ -460,7 +480,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
             c = int32(min(entry, CHANNELS * warps - 1) // spatial_warps)
             k = min(int32(place[CHANNEL_TILE] * tile_channels + c), out_channels - 1)
             warp = c // CHANNELS * spatial_warps + entry % spatial_warps
-            unit = unscale_x * unscale[k]
+            unit = unscale_x * ptx.bits_float(scratch[uint64(unscale_at + k)])
             count = moments[0, warp, c % CHANNELS]
             own_mean = moments[1, warp, c % CHANNELS] * unit + bias[k]
             total_count = shuffled_sum(count, record_entries)
@@ -474,45 +494,69 @@ def tile_functions(shape: TileShape) -> TileFunctions:
                 row = int32(
                     int32(d * row_tiles + h // tile_rows) * column_tiles + w // tile_columns
                 )
-                record = (int64(n) * tile_positions + row) * (3 * records) + k // record_channels
-                partial[uint64(record)] = total_count
-                partial[uint64(record + records)] = mean
-                partial[uint64(record + 2 * records)] = m2
+                record = (int64(n) * records + k // record_channels) * tile_positions + row
+                ptx.publish(scratch, uint64(records_at + 2 * record), present(mean), present(m2))
 
     @cuda.jit(device=True)
-    def group_statistics(partial, eps, statistics, place):
-        """Mean and rstd of the tile's channels' groups: a warp pools the records of a group."""
+    def present(value):
+        """The bits of a moment; never those that stand for an absent one, not even of a NaN."""
+        bits = ptx.float_bits(value)
+        return bits if bits != ABSENT else ANOTHER_NAN
+
+    @cuda.jit(device=True)
+    def record_count(position):
+        """Values behind a record of the tile at a position of the sample."""
+        row, column_tile = divide(position, column_tiles)
+        rows = min(int32(tile_rows), int32(out_h - row % row_tiles * tile_rows))
+        columns = min(int32(tile_columns), int32(out_w - column_tile * tile_columns))
+        return float64(int32(rows * columns) * record_channels)
+
+    @cuda.jit(device=True)
+    def group_statistics(scratch, eps, statistics, place):
+        """Mean and rstd of the tile's channels' groups: a warp pools the records of a group.
+
+        Records that are not there yet are waited for. Sums are taken in fp64, where the difference
+        of mean square and squared mean keeps all digits that fp32 values have.
+        """
+        found = cuda.local.array(found_words, uint32)
         first_k = int32(place[CHANNEL_TILE] * tile_channels)
         last_k = min(int32(first_k + tile_channels), out_channels) - 1
-        sample = int64(place[SAMPLE]) * (tile_positions * 3 * records)
+        sample = records_at + int64(place[SAMPLE]) * sample_record_words
         group = int32(first_k // group_channels + ptx.thread_index() // WARP)
         while group <= last_k // group_channels:
-            first = sample + group * group_records
-            total = float32(0)
+            first = sample + int32(group * (2 * group_entries))
+            total, squares = float64(0), float64(0)
             entry = int32(ptx.lane_index())
-            while entry < tile_positions * group_records:
-                i = int32(entry // group_records * (3 * records) + entry % group_records)
-                count = ptx.load_fresh(partial, uint64(first + i))
-                total += count * ptx.load_fresh(partial, uint64(first + i) + uint64(records))
-                entry = int32(entry + WARP)
+            while entry - ptx.lane_index() < group_entries:
+                waiting = True
+                while waiting:
+                    absent = False
+                    for i in range(records_at_once):
+                        if entry + i * WARP < group_entries:
+                            record = uint64(first + int32(2 * (entry + i * WARP)))
+                            mean, m2 = ptx.load_published(scratch, record)
+                            absent = absent or mean == ABSENT or m2 == ABSENT
+                            found[2 * i], found[2 * i + 1] = mean, m2
+                    waiting = cuda.any_sync(FULL_WARP, absent)  # a warp stays together
+                    if waiting:
+                        cuda.nanosleep(WAIT_NANOSECONDS)
+                for i in range(records_at_once):
+                    if entry + i * WARP < group_entries:
+                        count = record_count(int32((entry + i * WARP) % tile_positions))
+                        center = float64(ptx.bits_float(found[2 * i]))
+                        total += count * center
+                        squares += float64(ptx.bits_float(found[2 * i + 1]))
+                        squares += count * center * center
+                entry = int32(entry + records_at_once * WARP)
             mean = shuffled_sum(total, WARP) * share_of_group
-            m2, residual = float32(0), float32(0)
-            entry = int32(ptx.lane_index())
-            while entry < tile_positions * group_records:
-                i = int32(entry // group_records * (3 * records) + entry % group_records)
-                count = ptx.load_fresh(partial, uint64(first + i))
-                deviation = ptx.load_fresh(partial, uint64(first + i) + uint64(records)) - mean
-                m2 += ptx.load_fresh(partial, uint64(first + i) + uint64(2 * records))
-                m2 += count * deviation * deviation
-                residual += count * deviation  # not zero, where the mean was rounded
-                entry = int32(entry + WARP)
-            mean += shuffled_sum(residual, WARP) * share_of_group
-            variance = shuffled_sum(m2, WARP) * share_of_group
-            rstd = float32(1) / math.sqrt(variance + eps)
+            variance = shuffled_sum(squares, WARP) * share_of_group - mean * mean
+            if variance < 0:  # of equal values, by rounding
+                variance = float64(0)
+            rstd = float32(1) / math.sqrt(float32(variance) + eps)
             c = int32(max(int32(group * group_channels), first_k) - first_k + ptx.lane_index())
             end = min(int32((group + 1) * group_channels - first_k), tile_channels)
             while c < end:
-                statistics[0, c], statistics[1, c] = mean, rstd
+                statistics[0, c], statistics[1, c] = float32(mean), rstd
                 c = int32(c + WARP)
             group = int32(group + warps)
         cuda.syncthreads()
@@ -521,7 +565,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
 
     @cuda.jit(device=True)
     def finish(
-        acc, unscale_x, unscale, bias, gamma, beta, statistics, place, bounds, seed, dropout
+        acc, unscale_x, scratch, bias, gamma, beta, statistics, place, bounds, seed, dropout
     ):
         """Normalise, min, clamp and drop, in registers.
 
@@ -545,7 +589,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
             k = uint32(first_k + c)
             slope = statistics[1, c] * gamma[k] * keep_scale
             start = (bias[k] - statistics[0, c]) * slope + beta[k] * keep_scale
-            slope *= unscale_x * unscale[k]
+            slope *= unscale_x * ptx.bits_float(scratch[uint64(unscale_at) + k])
             for j in range(COLUMNS):
                 value = acc[4 * j + r] * slope + start
                 acc[4 * j + r] = clip_float32(value, bounds[0], bounds[1])
@@ -566,7 +610,9 @@ def tile_functions(shape: TileShape) -> TileFunctions:
         channel_warp, row_warp, column_warp = warp_place()
         rows, columns = extent(place)
         lane = int32(ptx.lane_index())
-        first = int32(int32(channel_warp * HALF + lane // 4) * channel_stride)
+        staged_half = half * HALF if whole_output else 0
+        first = int32(int32(channel_warp * staged_channels + staged_half + lane // 4))
+        first = int32(first * channel_stride)
         first = int32(first + int32(row_warp * ROWS + 2 * (lane % 4)) * out_row)
         first = int32(first + column_warp * COLUMNS)
         for r in range(2):
@@ -591,11 +637,10 @@ def tile_functions(shape: TileShape) -> TileFunctions:
         if whole_rows:  # one run of values a channel
             height, width = 1, int32(height * out_w)
         lane = int32(ptx.lane_index())
+        first_k = int32(place[CHANNEL_TILE] * tile_channels + half * HALF)
         c = int32(ptx.thread_index() // WARP)
-        while c < tile_channels // 2:
-            k = int32(
-                place[CHANNEL_TILE] * tile_channels + c // HALF * CHANNELS + half * HALF + c % HALF
-            )
+        while c < channel_warps * staged_channels:
+            k = int32(first_k + c // staged_channels * CHANNELS + c % staged_channels)
             if k < out_channels:
                 start = (int64(n) * out_channels + k) * (out_d * out_plane)
                 start += int32(d * out_plane + h * out_w + w)
@@ -613,14 +658,50 @@ def tile_functions(shape: TileShape) -> TileFunctions:
             c = int32(c + warps)
 
     @cuda.jit(device=True)
-    def store(acc, staged, out, place):
-        """Write the tile to `out` by way of shared memory, half of the channels at a time."""
-        stage_output(acc, staged, place, 0)
-        cuda.syncthreads()
-        write_output(staged, out, place, 0)
-        cuda.syncthreads()
-        stage_output(acc, staged, place, 1)
-        cuda.syncthreads()
-        write_output(staged, out, place, 1)
+    def copy_output(staged, out, place):
+        """Let the copy engine write the staged channels, a run of rows each."""
+        n, d, h = place[SAMPLE], place[PLANE], place[ROW]
+        values = int32(min(tile_rows, int32(out_h - h)) * out_w)
+        first_k = int32(place[CHANNEL_TILE] * tile_channels)
+        c = int32(ptx.thread_index())
+        while c < tile_channels and first_k + c < out_channels:
+            start = (int64(n) * out_channels + first_k + c) * (out_d * out_plane)
+            start += int32(d * out_plane + h * out_w)
+            ptx.copy_out(out, uint64(start), staged, uint64(int32(c * channel_stride)), values)
+            c = int32(c + threads)
 
-    return TileFunctions(locate, accumulate, publish_moments, group_statistics, finish, store)
+    @cuda.jit(device=True)
+    def store(acc, staged, out, place):
+        """Write the tile to `out` by way of shared memory, in two halves if there is no room."""
+        stage_output(acc, staged, place, 0)
+        if whole_output:
+            stage_output(acc, staged, place, 1)
+        if bulk_store:
+            ptx.hand_to_copy_engine()
+        cuda.syncthreads()
+        if bulk_store:
+            copy_output(staged, out, place)
+        else:
+            write_output(staged, out, place, 0)
+            if not whole_output:
+                cuda.syncthreads()
+                stage_output(acc, staged, place, 1)
+                cuda.syncthreads()
+                write_output(staged, out, place, 1)
+
+    @cuda.jit(device=True)
+    def wait_for_store():
+        """Wait, with the barrier that follows, until the words may be overwritten."""
+        if bulk_store:
+            ptx.wait_for_copies_out()
+
+    return TileFunctions(
+        locate,
+        stage_input,
+        accumulate,
+        publish_moments,
+        group_statistics,
+        finish,
+        store,
+        wait_for_store,
+    )

@@ -32,6 +32,7 @@ Triple: TypeAlias = tuple[int, int, int]
 WARP = 32
 CHANNELS = 16  # rows of A: output channels of a warp
 ROWS = 8  # columns of B: output rows of a warp
+WARPS_PER_PROCESSOR = 16
 COLUMNS = 16  # positions along w of a warp: one dropout stream
 WINDOW_POSITIONS = (8, 4, 2)  # of them that share a window: as many as keep it short
 SHORT_WINDOW, LONGEST_WINDOW = 10, 24  # slots; 64 accumulators need registers, too
@@ -62,8 +63,12 @@ class TileShape:
         2 halves, or 1 TF32 value.
     split : bool
         Whether a second set of planes holds what rounding to halves left over.
+    whole_output : bool
+        Whether the finished tile is staged at once, not in two halves of its channels.
     aligned : bool
         Whether x and out begin at multiples of 16 bytes.
+    bulk_copies : bool
+        Whether the GPU has a copy engine for shared memory (sm_90 on).
     """
 
     in_channels: int
@@ -81,7 +86,9 @@ class TileShape:
     planes: int
     values_per_word: int
     split: bool
+    whole_output: bool
     aligned: bool
+    bulk_copies: bool
 
     def __hash__(self) -> int:
         return self._hash
@@ -103,11 +110,8 @@ class TileShape:
 
     @property
     def blocks_per_processor(self) -> int:
-        """Blocks an SM should hold: 16 warps leave a thread 128 registers, 12 leave it 168.
-
-        Small blocks belong to small problems, which do not fill the GPU either way.
-        """
-        return 2 if self.warps == 8 else 12 // self.warps
+        """Blocks an SM should hold: 16 warps leave a thread 128 registers."""
+        return WARPS_PER_PROCESSOR // self.warps
 
     @property
     def channels(self) -> int:
@@ -232,6 +236,11 @@ class TileShape:
         run = height * width if self.whole_rows else width
         return 4 if self.aligned and run % 4 == 0 else 1
 
+    @property
+    def bulk_store(self) -> bool:
+        """Whether each channel of a tile is one aligned run, which the copy engine can write."""
+        return self.bulk_copies and self.whole_output and self.whole_rows and self.store == 4
+
     # ---- shared memory --------------------------------------------------------------------
 
     @property
@@ -245,15 +254,26 @@ class TileShape:
         return round_up(self.rows * self.out_row - 16, 32) + 16
 
     @property
-    def staging(self) -> int:
-        """Values of the region that stages the input, then half of the output's channels."""
-        staged_input = self.staged_planes * self.in_rows * self.staged_row
-        return max(staged_input, self.channels // 2 * self.channel_stride)
+    def staged_channels(self) -> int:
+        """Channels of a warp that are staged at a time."""
+        return CHANNELS if self.whole_output else CHANNELS // 2
+
+    @property
+    def staged_input_at(self) -> int:
+        """Values before the region that stages the input: words, and later the output."""
+        staged_output = self.channel_warps * self.staged_channels * self.channel_stride
+        return round_up(max(self.words, staged_output), 4)
 
     @cached_property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
-        return 4 * (self.words + self.staging)
+        staged_input = self.staged_planes * self.in_rows * self.staged_row
+        return 4 * (self.staged_input_at + staged_input)
+
+    @property
+    def static_bytes(self) -> int:
+        """Shared memory of a block besides: moments, statistics, peaks, places."""
+        return 4 * (3 * CHANNELS * self.warps + 2 * self.channels + self.warps + 2 * 8)
 
     # ---- the order of the products --------------------------------------------------------
 
@@ -342,6 +362,11 @@ class TileShape:
         """Words of A for 16 output channels."""
         return self.chunks * self.parts * self.steps * WARP * 4
 
+    @property
+    def packed_tiles(self) -> int:
+        """Sets of A: 16 output channels each, as many as the tiles of a position have."""
+        return self.tiles[0] * self.channel_warps
+
     # ---- the moments ----------------------------------------------------------------------
 
     @property
@@ -354,3 +379,20 @@ class TileShape:
     def records(self) -> int:
         """Records of moments of one tile position, over all channels."""
         return self.out_channels // self.record_channels
+
+    # ---- scratch memory: packed weights, the factors that undo their scale, records ---------
+
+    @cached_property
+    def unscale_at(self) -> int:
+        """Words of scratch before the factors."""
+        return self.packed_tiles * self.fragment_words
+
+    @cached_property
+    def records_at(self) -> int:
+        """Words of scratch before the records: mean and m2 for each (n, record, tile position)."""
+        return self.unscale_at + CHANNELS * self.packed_tiles
+
+    @cached_property
+    def sample_record_words(self) -> int:
+        """Words of a sample's records."""
+        return 2 * self.records * (self.tiles_per_sample // self.tiles[0])

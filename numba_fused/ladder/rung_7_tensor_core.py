@@ -48,16 +48,19 @@ def limit(spec: BlockSpec) -> str | None:
 @cache
 def kernels(shape: TileShape) -> tuple[Any, Any]:
     """The two kernels, specialised on a tile's shape."""
-    locate, accumulate, publish_moments, group_statistics, finish, store = tile_functions(shape)
-    warps, words_size = shape.warps, shape.words
+    f = tile_functions(shape)
+    locate, stage_input, accumulate = f.locate, f.stage_input, f.accumulate
+    publish_moments, group_statistics = f.publish_moments, f.group_statistics
+    finish, store, wait_for_store = f.finish, f.store, f.wait_for_store
+    warps, staged_input_at = shape.warps, shape.staged_input_at
     moments_shape, statistics_shape = (3, warps, CHANNELS), (2, shape.channels)
     bounds_of_launch = (shape.threads, shape.blocks_per_processor)
 
     @cuda.jit(launch_bounds=bounds_of_launch)
-    def statistics_kernel(x, fragments, unscale, bias, partial):
-        """Convolve one tile and leave its channels' moments in `partial`."""
+    def statistics_kernel(x, scratch, bias):
+        """Convolve one tile and leave its channels' moments in `scratch`."""
         words, memory = cuda.shared.array(0, uint32), cuda.shared.array(0, float32)
-        staged = memory[words_size:]
+        staged_input = memory[staged_input_at:]
         moments = cuda.shared.array(moments_shape, float32)
         peaks = cuda.shared.array(warps, uint32)
         acc = cuda.local.array(ACCUMULATORS, float32)
@@ -65,16 +68,15 @@ def kernels(shape: TileShape) -> tuple[Any, Any]:
         if cuda.threadIdx.x == 0:
             locate(int32(cuda.blockIdx.x), place)
         cuda.syncthreads()
-        unscale_x = accumulate(acc, x, fragments, words, staged, peaks, place)
-        publish_moments(acc, unscale_x, unscale, bias, partial, moments, place)
+        stage_input(x, staged_input, place, 0)
+        unscale_x = accumulate(acc, x, scratch, words, staged_input, peaks, place)
+        publish_moments(acc, unscale_x, scratch, bias, moments, place)
 
     @cuda.jit(launch_bounds=bounds_of_launch)
-    def apply_kernel(
-        x, fragments, unscale, bias, gamma, beta, partial, out, eps, bounds, seed, dropout
-    ):
+    def apply_kernel(x, scratch, bias, gamma, beta, out, eps, bounds, seed, dropout):
         """Pool the moments of the tile's groups, convolve again, and finish."""
         words, memory = cuda.shared.array(0, uint32), cuda.shared.array(0, float32)
-        staged = memory[words_size:]
+        staged_input = memory[staged_input_at:]
         statistics = cuda.shared.array(statistics_shape, float32)
         peaks = cuda.shared.array(warps, uint32)
         acc = cuda.local.array(ACCUMULATORS, float32)
@@ -82,10 +84,13 @@ def kernels(shape: TileShape) -> tuple[Any, Any]:
         if cuda.threadIdx.x == 0:
             locate(int32(cuda.blockIdx.x), place)
         cuda.syncthreads()
-        group_statistics(partial, eps, statistics, place)
-        unscale_x = accumulate(acc, x, fragments, words, staged, peaks, place)
-        finish(acc, unscale_x, unscale, bias, gamma, beta, statistics, place, bounds, seed, dropout)
-        store(acc, staged, out, place)
+        stage_input(x, staged_input, place, 0)
+        group_statistics(scratch, eps, statistics, place)
+        unscale_x = accumulate(acc, x, scratch, words, staged_input, peaks, place)
+        finish(acc, unscale_x, scratch, bias, gamma, beta, statistics, place, bounds, seed, dropout)
+        cuda.syncthreads()  # others may still read the words where the output is staged
+        store(acc, memory, out, place)
+        wait_for_store()
 
     return statistics_kernel, apply_kernel
 
@@ -105,10 +110,8 @@ def two_passes(launch: Launcher, operands: Operands, values_per_word: int, split
         int(plan.tiles),
         block,
         operands.x,
-        scratch.fragments,
-        scratch.unscale,
+        scratch,
         operands.bias,
-        scratch.partial,
         shared_bytes=shared_bytes,
     )
     launch(
@@ -116,12 +119,10 @@ def two_passes(launch: Launcher, operands: Operands, values_per_word: int, split
         int(plan.tiles),
         block,
         operands.x,
-        scratch.fragments,
-        scratch.unscale,
+        scratch,
         operands.bias,
         operands.gamma,
         operands.beta,
-        scratch.partial,
         operands.out,
         operands.eps,
         plan.bounds,

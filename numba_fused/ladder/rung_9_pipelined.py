@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from numba import cuda, float32, int32, uint32
 
-from numba_fused.device import ptx
-from numba_fused.device.tensor_tile import ACCUMULATORS, PLACE_SIZE, SAMPLE, TILE, tile_functions
+from numba_fused.device.tensor_tile import ACCUMULATORS, PLACE_SIZE, TILE, tile_functions
 from numba_fused.device.tile_shape import CHANNELS, TileShape
 from numba_fused.ladder.rung import Ledger, Operands
 from numba_fused.ladder.tensor_cores import (
     LEAST_CAPABILITY,
+    PROCESSOR_SHARED_BYTES,
+    SYSTEM_SHARED_BYTES,
     one_pass_ledger,
     prepare,
     tile_limit,
@@ -41,82 +42,55 @@ if TYPE_CHECKING:
 least_capability = LEAST_CAPABILITY
 VALUES_PER_WORD = 2
 H200_PROCESSORS = 132
-WAIT_NANOSECONDS = 40
 
 
 @cache
 def kernel(shape: TileShape) -> Any:
     """The persistent kernel, specialised on a tile's shape."""
-    locate, accumulate, publish_moments, group_statistics, finish, store = tile_functions(shape)
-    warps, words_size, tiles_per_sample = shape.warps, shape.words, shape.tiles_per_sample
+    f = tile_functions(shape)
+    locate, stage_input, accumulate = f.locate, f.stage_input, f.accumulate
+    publish_moments, group_statistics = f.publish_moments, f.group_statistics
+    finish, store, wait_for_store = f.finish, f.store, f.wait_for_store
+    warps, staged_input_at = shape.warps, shape.staged_input_at
     moments_shape, statistics_shape = (3, warps, CHANNELS), (2, shape.channels)
     bounds_of_launch = (shape.threads, shape.blocks_per_processor)
 
     @cuda.jit(launch_bounds=bounds_of_launch)
-    def pipelined(
-        x,
-        fragments,
-        unscale,
-        bias,
-        gamma,
-        beta,
-        partial,
-        counters,
-        out,
-        eps,
-        tiles,
-        bounds,
-        seed,
-        dropout,
-    ):
+    def pipelined(x, scratch, bias, gamma, beta, out, eps, tiles, bounds, seed, dropout):
         """Tiles ``blockIdx.x``, ``blockIdx.x + gridDim.x`` ... from convolution to output."""
         words, memory = cuda.shared.array(0, uint32), cuda.shared.array(0, float32)
-        staged = memory[words_size:]
+        staged_input = memory[staged_input_at:]
         moments = cuda.shared.array(moments_shape, float32)
         statistics = cuda.shared.array(statistics_shape, float32)
         peaks = cuda.shared.array(warps, uint32)
         acc = cuda.local.array(ACCUMULATORS, float32)
-        place = cuda.shared.array(PLACE_SIZE, int32)
+        place, next_place = (
+            cuda.shared.array(PLACE_SIZE, int32),
+            cuda.shared.array(PLACE_SIZE, int32),
+        )
         if cuda.threadIdx.x == 0:
             locate(int32(cuda.blockIdx.x), place)
         cuda.syncthreads()
+        stage_input(x, staged_input, place, 0)
         while place[TILE] < tiles:
-            unscale_x = accumulate(acc, x, fragments, words, staged, peaks, place)
-            publish_moments(acc, unscale_x, unscale, bias, partial, moments, place)
-            wait_for_sample(counters, place[SAMPLE], tiles_per_sample)
-            group_statistics(partial, eps, statistics, place)
-            finish(
-                acc,
-                unscale_x,
-                unscale,
-                bias,
-                gamma,
-                beta,
-                statistics,
-                place,
-                bounds,
-                seed,
-                dropout,
-            )
-            store(acc, staged, out, place)
-            cuda.syncthreads()  # the next tile is staged where this one was stored from
+            unscale_x = accumulate(acc, x, scratch, words, staged_input, peaks, place)
             if cuda.threadIdx.x == 0:
-                locate(int32(place[TILE] + cuda.gridDim.x), place)
+                locate(int32(place[TILE] + cuda.gridDim.x), next_place)
+            publish_moments(acc, unscale_x, scratch, bias, moments, place)
+            if next_place[TILE] < tiles:
+                stage_input(x, staged_input, next_place, 0)
+            group_statistics(scratch, eps, statistics, place)
+            finish(
+                acc, unscale_x, scratch, bias, gamma, beta, statistics, place, bounds, seed, dropout
+            )
+            store(acc, memory, out, place)
+            wait_for_store()
+            cuda.syncthreads()  # the next tile's words go where this one was stored from
+            if cuda.threadIdx.x <= TILE:
+                place[cuda.threadIdx.x] = next_place[cuda.threadIdx.x]
             cuda.syncthreads()
 
     return pipelined
-
-
-@cuda.jit(device=True)
-def wait_for_sample(counters, n, tiles_per_sample):
-    """Publish this block's moments and wait for those of the sample's other tiles."""
-    cuda.threadfence()
-    cuda.syncthreads()
-    if cuda.threadIdx.x == 0:
-        cuda.atomic.add(counters, n, 1)
-        while ptx.load_acquire(counters, n) < tiles_per_sample:
-            cuda.nanosleep(WAIT_NANOSECONDS)
-    cuda.syncthreads()
 
 
 @cache
@@ -125,7 +99,9 @@ def resident_blocks(shape: TileShape) -> int:
     processors = H200_PROCESSORS
     if torch.cuda.is_available():
         processors = torch.cuda.get_device_properties().multi_processor_count
-    by_memory = 228 * 1024 // (shape.shared_bytes + 4 * 1024)
+    by_memory = PROCESSOR_SHARED_BYTES // (
+        shape.shared_bytes + shape.static_bytes + SYSTEM_SHARED_BYTES
+    )
     return processors * min(shape.blocks_per_processor, by_memory)
 
 
@@ -145,20 +121,17 @@ def forward(launch: Launcher, operands: Operands) -> None:
     """Two launches."""
     spec = operands.spec
     plan, scratch = prepare(
-        launch, operands, VALUES_PER_WORD, split=spec.precision == "ieee", counters=spec.batch
+        launch, operands, VALUES_PER_WORD, split=spec.precision == "ieee", absent=True
     )
     launch(
         kernel(plan.shape),
         min(int(plan.tiles), resident_blocks(plan.shape)),
         plan.shape.threads,
         operands.x,
-        scratch.fragments,
-        scratch.unscale,
+        scratch,
         operands.bias,
         operands.gamma,
         operands.beta,
-        scratch.partial,
-        scratch.counters,
         operands.out,
         operands.eps,
         plan.tiles,

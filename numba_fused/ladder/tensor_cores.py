@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -21,11 +21,12 @@ from numba_fused.spec import BlockSpec
 
 LEAST_CAPABILITY = (8, 0)
 MOST_WARPS = 8
-# Two blocks share the 228 KB of an SM, each with 1 KB for the system and up to 2 KB of its own.
-SHARED_BYTES = 228 * 1024 // 2 - 3 * 1024
+# The blocks of an SM share this, and the system takes some for each.
+PROCESSOR_SHARED_BYTES, SYSTEM_SHARED_BYTES = 228 * 1024, 1024
 LARGEST_SHARED_BYTES = 224 * 1024
 # Instructions of a warp per value, from the disassembly: what the choice of a tile weighs.
-OUTPUT_COST, INPUT_COST = 22, 4
+OUTPUT_COST, INPUT_COST, RUN_COST = 22, 4, 600
+MARKING_BLOCKS = 132
 
 
 def tile_limit(spec: BlockSpec, values_per_word: int, split: bool) -> str | None:
@@ -50,7 +51,11 @@ def tile_limit(spec: BlockSpec, values_per_word: int, split: bool) -> str | None
 
 @lru_cache(maxsize=1024)
 def tile_shape(
-    spec: BlockSpec, values_per_word: int, split: bool, aligned: bool = True
+    spec: BlockSpec,
+    values_per_word: int,
+    split: bool,
+    aligned: bool = True,
+    bulk_copies: bool = True,
 ) -> TileShape:
     """The cheapest tile for `spec`.
 
@@ -63,9 +68,11 @@ def tile_shape(
         Whether words come in two parts.
     aligned : bool
         Whether x and out begin at multiples of 16 bytes.
+    bulk_copies : bool
+        Whether the GPU has a copy engine for shared memory.
     """
     shape = min(_candidates(spec, values_per_word, split), key=_cost)
-    return replace(shape, aligned=aligned)
+    return replace(shape, aligned=aligned, bulk_copies=bulk_copies)
 
 
 @lru_cache(maxsize=1024)
@@ -94,17 +101,29 @@ def _candidates(spec: BlockSpec, values_per_word: int, split: bool) -> list[Tile
             planes=all_planes,
             values_per_word=values_per_word,
             split=split,
+            whole_output=True,
             aligned=True,
+            bulk_copies=True,
         )
         fewer = range((all_planes - 1) // 4 * 4, 0, -4)
-        choices = [replace(tile, planes=p) for p in (all_planes, *fewer, 2, 1) if p <= all_planes]
-        for limit in (SHARED_BYTES, LARGEST_SHARED_BYTES):
+        choices = [
+            replace(tile, planes=planes, whole_output=whole)
+            for planes in (all_planes, *fewer, 2, 1)
+            if planes <= all_planes
+            for whole in (True, False)
+        ]
+        for limit in (_share_of_processor(tile), LARGEST_SHARED_BYTES):
             found = next((c for c in choices if c.shared_bytes <= limit), None)
             if found:
                 fitting.append(found)
                 break
-    small = [tile for tile in fitting if tile.shared_bytes <= SHARED_BYTES]
+    small = [tile for tile in fitting if tile.shared_bytes <= _share_of_processor(tile)]
     return small or fitting
+
+
+def _share_of_processor(tile: TileShape) -> int:
+    of_block = PROCESSOR_SHARED_BYTES // tile.blocks_per_processor // 128 * 128
+    return of_block - SYSTEM_SHARED_BYTES - tile.static_bytes
 
 
 def _triple(values: tuple[int, ...]) -> Triple:
@@ -115,8 +134,9 @@ def _triple(values: tuple[int, ...]) -> Triple:
 def _cost(tile: TileShape) -> float:
     """Instructions of all tiles, roughly."""
     outputs = tile.channels * tile.rows * tile.columns
+    runs = tile.channels * (1 if tile.whole_rows else tile.rows)
     inputs = tile.chunks * tile.staged_planes * tile.in_rows * tile.staged_row
-    return tile.tiles_per_sample * (OUTPUT_COST * outputs + INPUT_COST * inputs)
+    return tile.tiles_per_sample * (OUTPUT_COST * outputs + INPUT_COST * inputs + RUN_COST * runs)
 
 
 class TilePlan:
@@ -131,15 +151,28 @@ class TilePlan:
         Those of `clip_bounds`, times the kept values' scale.
     dropout : (bool, uint32, float32)
         Whether to draw, the largest draw that drops, the scale.
-    packed_tiles, partial_values : int
-        16-channel tiles of packed weights; count, mean and m2 of every position and record.
+    record_words : int32
+        Words of the records of all samples.
+    scratch_words : int
+        With the packed weights and their factors.
+    marking_blocks : int
+        Blocks that pack the weights and mark all records as absent.
     """
 
-    def __init__(self, spec: BlockSpec, values_per_word: int, split: bool, aligned: bool) -> None:
-        self.shape = shape = tile_shape(spec, values_per_word, split, aligned)
+    def __init__(
+        self,
+        spec: BlockSpec,
+        values_per_word: int,
+        split: bool,
+        aligned: bool,
+        bulk_copies: bool = True,
+    ) -> None:
+        self.shape = shape = tile_shape(spec, values_per_word, split, aligned, bulk_copies)
         self.tiles = np.int32(spec.batch * shape.tiles_per_sample)
-        self.packed_tiles = shape.tiles[0] * shape.channel_warps
-        self.partial_values = 3 * int(self.tiles) // shape.tiles[0] * shape.records
+        self.record_words = np.int32(spec.batch * shape.sample_record_words)
+        self.scratch_words = shape.records_at + int(self.record_words)
+        blocks = min(int(self.record_words) // (4 * PACK_THREADS), MARKING_BLOCKS)
+        self.marking_blocks = max(shape.packed_tiles, blocks)
 
         # What is dropped is multiplied by zero anyway, so with p = 1 any scale will do.
         scale = spec.keep_scale or 1.0
@@ -152,48 +185,43 @@ class TilePlan:
 tile_plan = lru_cache(maxsize=4096)(TilePlan)
 
 
-@dataclass
-class Scratch:
-    """Device memory that the kernels of one call share.
-
-    Attributes
-    ----------
-    fragments, unscale : Tensor
-        The packed weights and the factors that undo their scale.
-    partial : Tensor
-        Room for count, mean and m2 of each tile and record of channels.
-    counters : Tensor
-        int32 zeros, as many as asked for.
-    """
-
-    fragments: Tensor
-    unscale: Tensor
-    partial: Tensor
-    counters: Tensor
+@cache
+def has_bulk_copies(device: torch.device) -> bool:
+    """Whether a GPU has a copy engine for shared memory; the simulator has."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def prepare(
-    launch: Launcher, operands: Operands, values_per_word: int, split: bool, counters: int = 0
-) -> tuple[TilePlan, Scratch]:
-    """Choose the tile, allocate what the kernels share and pack the weights: one launch."""
-    device = operands.x.device
+    launch: Launcher, operands: Operands, values_per_word: int, split: bool, absent: bool = False
+) -> tuple[TilePlan, Tensor]:
+    """Choose the tile, allocate what the kernels share and pack the weights: one launch.
+
+    Parameters
+    ----------
+    launch, operands
+        As a rung's `forward` gets them.
+    values_per_word, split
+        As `tile_shape` takes them.
+    absent : bool
+        Whether to mark all records as absent: some will be waited for.
+
+    Returns
+    -------
+    plan : TilePlan
+    scratch : Tensor
+        uint32: packed weights, factors, records (see `TileShape`).
+    """
     aligned = (operands.x.data_ptr() | operands.out.data_ptr()) % 16 == 0
-    plan = tile_plan(operands.spec, values_per_word, split, aligned)
-    words = plan.packed_tiles * plan.shape.fragment_words
-    scratch = Scratch(
-        fragments=torch.empty(words, dtype=torch.uint32, device=device),
-        unscale=torch.empty(16 * plan.packed_tiles, dtype=torch.float32, device=device),
-        partial=torch.empty(plan.partial_values, dtype=torch.float32, device=device),
-        counters=torch.empty(counters, dtype=torch.int32, device=device),
-    )
+    bulk_copies = has_bulk_copies(operands.x.device)
+    plan = tile_plan(operands.spec, values_per_word, split, aligned, bulk_copies)
+    scratch = torch.empty(plan.scratch_words, dtype=torch.uint32, device=operands.x.device)
     launch(
         pack_kernel(plan.shape),
-        plan.packed_tiles,
+        plan.marking_blocks if absent else plan.shape.packed_tiles,
         PACK_THREADS,
         operands.weight,
-        scratch.fragments,
-        scratch.unscale,
-        scratch.counters,
+        scratch,
+        plan.record_words if absent else np.int32(0),
     )
     return plan, scratch
 
@@ -206,31 +234,27 @@ def recompute_ledger(spec: BlockSpec, values_per_word: int, split: bool) -> Ledg
 def one_pass_ledger(spec: BlockSpec, values_per_word: int, split: bool) -> Ledger:
     """x once and out once, in two launches; besides, the weights, packed, and the moments.
 
-    A sample's counter is set to zero, counted up and looked at.
+    Records are marked as absent before they are published.
     """
     ledger = _ledger(spec, values_per_word, split, passes=1)
-    return replace(
-        ledger,
-        bytes_read=ledger.bytes_read + 2 * 4 * spec.batch,
-        bytes_written=ledger.bytes_written + 3 * 4 * spec.batch,
-    )
+    marked = 4 * int(tile_plan(spec, values_per_word, split, True).record_words)
+    return replace(ledger, bytes_written=ledger.bytes_written + marked)
 
 
 def _ledger(spec: BlockSpec, values_per_word: int, split: bool, passes: int) -> Ledger:
     plan = tile_plan(spec, values_per_word, split, True)
-    fragments = 4 * plan.packed_tiles * plan.shape.fragment_words
-    partial = 4 * plan.partial_values
-    weight = math.prod(spec.weight_shape) * spec.itemsize
+    packed = 4 * plan.shape.unscale_at
+    factors = 4 * (plan.shape.records_at - plan.shape.unscale_at)
+    records = 4 * int(plan.record_words)
     return Ledger(
-        # The weights are read for their scale and for their values; counts and means of the
-        # partial moments for the mean and for the variance; scales and bias for the moments
-        # and for the output.
-        bytes_read=passes * (spec.x_bytes + fragments)
-        + 2 * weight
-        + partial * 5 // 3
+        # The weights are read for their scale and for their values; scales and bias for the
+        # moments and for the output.
+        bytes_read=passes * (spec.x_bytes + packed)
+        + 2 * math.prod(spec.weight_shape) * spec.itemsize
+        + records
         + 2 * 2 * vector_bytes(spec)
         + 2 * vector_bytes(spec)
         + seed_bytes(spec),
-        bytes_written=fragments + 4 * 16 * plan.packed_tiles + partial + spec.output_bytes,
+        bytes_written=packed + factors + records + spec.output_bytes,
         launches=1 + passes,
     )
