@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import cuda, float32, int32, types, uint32
+from numba import cuda, float32, float64, int32, types, uint32
 from numba.cuda.extending import intrinsic
 
 FULL_WARP = 0xFFFFFFFF
 
 _IR_TYPES = {
     float32: ir.FloatType(),
+    float64: ir.DoubleType(),
     int32: ir.IntType(32),
     uint32: ir.IntType(32),
     types.void: ir.VoidType(),
@@ -69,18 +70,20 @@ def instruction(
     return decorate
 
 
-def memory(codegen: Callable[..., Any], result: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def memory(
+    codegen: Callable[..., Any], result: Callable[[Any], Any], value: Any = None
+) -> Callable[[Any], Any]:
     """Make the decorated function an intrinsic on ``(array, index, *values)``.
 
     `codegen` gets the builder, the element's pointer and the values; `result` maps the element
-    type to the type of what comes back.
+    type to the type of what comes back; `value` is the values' type, if not the element's.
     """
 
     def decorate(meaning: Callable[..., Any]) -> Any:
         def definition(typingctx: Any, array: Any, index: Any, *values: Any) -> Any:
             element = array.dtype
             returned = result(element)
-            signature = returned(array, types.uint64, *[element] * len(values))
+            signature = returned(array, types.uint64, *[value or element] * len(values))
 
             def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
                 data = context.make_array(sig.args[0])(context, builder, args[0]).data
@@ -173,6 +176,12 @@ def split_halves(low, high):
     return halves.view(np.uint32)[0], rest.view(np.uint32)[0]
 
 
+@instruction("{ .reg .b32 low; mov.b64 {low, $0}, $1; }", "=r,d", uint32(float64))
+def high_bits(value):
+    """The upper 32 bits of a double."""
+    return np.array([value], np.float64).view(np.uint32)[1]
+
+
 # Read anew at each use, these keep the compiler from computing everything that depends on them
 # before a long loop and spilling it for want of registers.
 
@@ -244,45 +253,44 @@ def store_2(array, index, a, b):
 
 
 def _load_published(builder: Any, pointer: Any, _: Any) -> Any:
-    word = ir.IntType(64)
+    address = builder.ptrtoint(pointer, ir.IntType(64))
     code = ir.InlineAsm(
-        ir.FunctionType(word, [word]),
-        "ld.relaxed.gpu.global.b64 $0, [$1];",
-        "=l,l,~{memory}",
+        ir.FunctionType(ir.DoubleType(), [address.type]),
+        "ld.relaxed.gpu.global.f64 $0, [$1];",
+        "=d,l,~{memory}",
         side_effect=True,
     )
-    loaded = builder.call(code, [builder.ptrtoint(pointer, word)])
-    return builder.bitcast(loaded, _vector_type(pointer, 2))
+    return builder.call(code, [address])
 
 
 def _publish(builder: Any, pointer: Any, values: list[Any]) -> None:
-    word = ir.IntType(64)
-    vector = ir.Constant(_vector_type(pointer, 2), ir.Undefined)
-    for lane, value in enumerate(values):
-        vector = builder.insert_element(vector, value, ir.Constant(ir.IntType(32), lane))
+    address = builder.ptrtoint(pointer, ir.IntType(64))
     code = ir.InlineAsm(
-        ir.FunctionType(ir.VoidType(), [word, word]),
-        "st.relaxed.gpu.global.b64 [$0], $1;",
-        "l,l,~{memory}",
+        ir.FunctionType(ir.VoidType(), [address.type, ir.DoubleType()]),
+        "st.relaxed.gpu.global.f64 [$0], $1;",
+        "l,d,~{memory}",
         side_effect=True,
     )
-    builder.call(code, [builder.ptrtoint(pointer, word), builder.bitcast(vector, word)])
+    builder.call(code, [address, *values])
 
 
-@memory(_publish, lambda element: types.void)
-def publish(array, index, a, b):
-    """Store two neighbours for other blocks to see, now; `index` is even."""
-    cuda.atomic.exch(array, index, a)
-    cuda.atomic.exch(array, index + 1, b)
+@memory(_publish, lambda element: types.void, float64)
+def publish(array, index, value):
+    """Store a double to two words for other blocks to see, now; `index` is even."""
+    low, high = np.array([value], np.float64).view(np.uint32)
+    cuda.atomic.exch(array, index, low)
+    cuda.atomic.exch(array, index + 1, high)
 
 
-@memory(_load_published, lambda element: types.UniTuple(element, 2))
+@memory(_load_published, lambda element: float64)
 def load_published(array, index):
-    """Load two neighbours that another block may be publishing; `index` is even.
+    """Load a double from two words that another block may be publishing; `index` is even.
 
     Nothing else of what that block wrote is known to be visible.
     """
-    return cuda.atomic.add(array, index, 0), cuda.atomic.add(array, index + 1, 0)
+    high = cuda.atomic.add(array, index + 1, 0)
+    low = cuda.atomic.add(array, index, 0)
+    return np.array([low, high], np.uint32).view(np.float64)[0]
 
 
 # ---- warps ------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from numba_fused.device.pointwise import clip_float32
 from numba_fused.device.tile_shape import (
     CHANNELS,
     COLUMNS,
+    RECORD_WORDS,
     ROWS,
     WARP,
     TileShape,
@@ -38,13 +39,12 @@ ACCUMULATORS = 4 * COLUMNS
 # What is noted of a tile in shared memory: where it lies, its number, and the exponents of the
 # scales of its last two chunks.
 SAMPLE, PLANE, ROW, COLUMN, CHANNEL_TILE, TILE, SCALE = range(7)
-PLACE_SIZE = 8
-HALF = CHANNELS // 2  # channels of a warp that are stored at a time
+PLACE_SIZE = SCALE + 2
 INFINITY = float32(math.inf)
 # Halves reach 65504: inputs and weights are scaled so that the largest lies in [2^14, 2^15).
 LARGEST_EXPONENT = 14
-# A moment that has not been published: bits that no arithmetic makes.
-ABSENT, ANOTHER_NAN = np.uint32(0xFFFFFFFF), np.uint32(0x7FFFFFFF)
+# Upper bits of a sum that has not been published: those of a NaN that no arithmetic makes.
+ABSENT = np.uint32(0xFFFFFFFF)
 MOST_RECORDS_AT_ONCE = 4  # that a lane loads before it waits for one
 WAIT_NANOSECONDS = 40
 
@@ -55,7 +55,7 @@ class TileFunctions(NamedTuple):
     locate: Any
     stage_input: Any
     accumulate: Any
-    publish_moments: Any
+    publish_sums: Any
     group_statistics: Any
     finish: Any
     store: Any
@@ -142,11 +142,9 @@ def tile_functions(shape: TileShape) -> TileFunctions:
     group_channels = shape.group_channels
     group_records = group_channels // record_channels
     tile_positions = out_d * row_tiles * column_tiles
-    group_entries, records_at_once = (
-        group_records * tile_positions,
-        min(MOST_RECORDS_AT_ONCE, -(-group_records * tile_positions // WARP)),
-    )
-    found_words = 2 * records_at_once
+    group_entries = group_records * tile_positions
+    records_at_once = min(MOST_RECORDS_AT_ONCE, -(-group_entries // WARP))
+    found_values = 2 * records_at_once
     share_of_group = 1 / (group_channels * out_d * out_plane)
 
     unscale_at, records_at = shape.unscale_at, shape.records_at
@@ -154,8 +152,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
 
     store_values, whole_rows, out_row = shape.store, shape.whole_rows, shape.out_row
     even_rows, channel_stride = out_row % 2 == 0, shape.channel_stride
-    whole_output, staged_channels = shape.whole_output, shape.staged_channels
-    channel_warps, bulk_store = shape.channel_warps, shape.bulk_store
+    bulk_store = shape.bulk_store
     streams_per_row = -(-out_w // COLUMNS)
     streams_per_channel = out_d * out_h * streams_per_row
 
@@ -169,6 +166,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
         place[ROW] = row_tile * tile_rows
         place[COLUMN] = column_tile * tile_columns
         place[TILE] = tile
+        place[SCALE] = place[SCALE + 1] = 127
 
     @cuda.jit(device=True)
     def warp_place():
@@ -212,6 +210,12 @@ def tile_functions(shape: TileShape) -> TileFunctions:
             position = int32(position + threads)
 
     @cuda.jit(device=True)
+    def wait_for_store():
+        """Wait, with the barrier that follows, until what was stored may be overwritten."""
+        if bulk_store:
+            ptx.wait_for_copies_out()
+
+    @cuda.jit(device=True)
     def peak_exponent(staged, peaks):
         """Scale of the staged values: see `scale_exponent`. Infinities have no say in it."""
         peak = float32(0)
@@ -231,6 +235,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
         bits, lane = ptx.warp_max(ptx.float_bits(peak)), ptx.lane_index()
         if lane == 0:
             peaks[ptx.thread_index() // WARP] = bits
+        wait_for_store()  # the words go where the tile before was stored from
         cuda.syncthreads()
         other = peaks[lane] if lane < warps else bits
         return scale_exponent(ptx.warp_max(other))
@@ -361,10 +366,9 @@ def tile_functions(shape: TileShape) -> TileFunctions:
 
     @cuda.jit(device=True)
     def accumulate(acc, x, scratch, words, staged, peaks, place):
-        """Convolve the tile into `acc`; returns the factor that takes the input's scale back.
+        """Convolve the tile, whose first chunk is staged, into `acc`.
 
-        The caller has begun to stage the first chunk, and may stage another tile's after the next
-        barrier.
+        Another tile's may be staged after the next barrier.
         """
         channel_warp, _, _ = warp_place()
         channel_tile = int32(place[CHANNEL_TILE] * (tile_channels // CHANNELS) + channel_warp)
@@ -373,10 +377,8 @@ def tile_functions(shape: TileShape) -> TileFunctions:
         chunk = int32(0)
         while chunk < chunks:
             if chunk > 0:
-                cuda.syncthreads()  # the chunk before has been packed from where this is staged
-                stage_input(x, staged, place, chunk)
-            ptx.wait_for_copies()
-            cuda.syncthreads()
+                ptx.wait_for_copies()
+                cuda.syncthreads()
             exponent = int32(127)
             if halves:
                 exponent = peak_exponent(staged, peaks)
@@ -392,6 +394,8 @@ def tile_functions(shape: TileShape) -> TileFunctions:
                     place[SCALE + chunk % 2] = exponent
             pack_words(staged, words, power_of_two(exponent))
             cuda.syncthreads()
+            if chunk + 1 < chunks:
+                stage_input(x, staged, place, int32(chunk + 1))
             first = int32(channel_tile * fragment_words + chunk * chunk_words)
             if split:
                 # Smallest products first: what is added to a large sum loses its last bits.
@@ -399,9 +403,16 @@ def tile_functions(shape: TileShape) -> TileFunctions:
                 sweep(acc, words, 0, scratch, int32(first + part_words))
             sweep(acc, words, 0, scratch, first)
             chunk = int32(chunk + 1)
+
+    @cuda.jit(device=True)
+    def input_unscale(place):
+        """The factor that takes the scale of a tile's input back."""
         return power_of_two(254 - place[SCALE + (chunks - 1) % 2]) if halves else float32(1)
 
     # ---- the statistics: from accumulators to mean and rstd ------------------------------------
+
+    # Positions along w that every warp of the tile has.
+    sure_columns = (out_w - 1) % COLUMNS + 1 if whole_rows else 0
 
     @cuda.jit(device=True)
     def extent(place):
@@ -420,7 +431,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
         first_row = int32(2 * int32(ptx.lane_index() % 4))
         for j in range(COLUMNS):
             for r in range(2):
-                if first_row + r >= rows or j >= columns:
+                if first_row + r >= rows or (j >= sure_columns and j >= columns):
                     acc[4 * j + r] = low
                     acc[4 * j + 2 + r] = high
 
@@ -467,64 +478,58 @@ def tile_functions(shape: TileShape) -> TileFunctions:
             moments[2, warp, g], moments[2, warp, g + 8] = low_m2, high_m2
 
     @cuda.jit(device=True)
-    def publish_moments(acc, unscale_x, scratch, bias, moments, place):
-        """Publish the moments of the tile's records of channels.
+    def publish_sums(acc, scratch, bias, moments, place):
+        """Publish sum and sum of squares of the tile's records of channels.
 
-        A thread takes one (channel, warp) of them; a record's lie in neighbouring lanes. Chan's
-        formula for many sets at once: ``m2 = sum of m2_i + count_i * (mean_i - mean)^2``.
+        A thread takes one (channel, warp) of them; a record's lie in neighbouring lanes. Sums are
+        in fp64, where the difference of mean square and squared mean, which comes of them in the
+        end, keeps all digits that fp32 values have.
         """
         warp_moments(acc, moments, place)
         cuda.syncthreads()
         entry = int32(ptx.thread_index())
         if entry // WARP * WARP < CHANNELS * warps:  # whole warps: they shuffle
             c = int32(min(entry, CHANNELS * warps - 1) // spatial_warps)
-            k = min(int32(place[CHANNEL_TILE] * tile_channels + c), out_channels - 1)
-            warp = c // CHANNELS * spatial_warps + entry % spatial_warps
-            unit = unscale_x * ptx.bits_float(scratch[uint64(unscale_at + k)])
-            count = moments[0, warp, c % CHANNELS]
-            own_mean = moments[1, warp, c % CHANNELS] * unit + bias[k]
-            total_count = shuffled_sum(count, record_entries)
-            mean = shuffled_sum(count * own_mean, record_entries) / total_count
-            deviation = own_mean - mean
-            m2 = moments[2, warp, c % CHANNELS] * unit * unit + count * deviation * deviation
-            m2 = shuffled_sum(m2, record_entries)
             k = int32(place[CHANNEL_TILE] * tile_channels + c)
-            if entry < CHANNELS * warps and entry % record_entries == 0 and k < out_channels:
+            stored = entry < CHANNELS * warps and entry % record_entries == 0 and k < out_channels
+            k = min(k, int32(out_channels - 1))
+            warp = c // CHANNELS * spatial_warps + entry % spatial_warps
+            unit = input_unscale(place) * ptx.bits_float(scratch[uint64(unscale_at + k)])
+            count = float64(moments[0, warp, c % CHANNELS])
+            mean = float64(moments[1, warp, c % CHANNELS] * unit + bias[uint64(k)])
+            m2 = float64(moments[2, warp, c % CHANNELS] * unit * unit)
+            total = shuffled_sum(count * mean, record_entries)
+            squares = shuffled_sum(m2 + count * mean * mean, record_entries)
+            if stored:
                 n, d, h, w = place[SAMPLE], place[PLANE], place[ROW], place[COLUMN]
                 row = int32(
                     int32(d * row_tiles + h // tile_rows) * column_tiles + w // tile_columns
                 )
                 record = (int64(n) * records + k // record_channels) * tile_positions + row
-                ptx.publish(scratch, uint64(records_at + 2 * record), present(mean), present(m2))
+                at = uint64(records_at + record * RECORD_WORDS)
+                ptx.publish(scratch, at, present(total))
+                ptx.publish(scratch, at + uint64(2), present(squares))
 
     @cuda.jit(device=True)
     def present(value):
-        """The bits of a moment; never those that stand for an absent one, not even of a NaN."""
-        bits = ptx.float_bits(value)
-        return bits if bits != ABSENT else ANOTHER_NAN
-
-    @cuda.jit(device=True)
-    def record_count(position):
-        """Values behind a record of the tile at a position of the sample."""
-        row, column_tile = divide(position, column_tiles)
-        rows = min(int32(tile_rows), int32(out_h - row % row_tiles * tile_rows))
-        columns = min(int32(tile_columns), int32(out_w - column_tile * tile_columns))
-        return float64(int32(rows * columns) * record_channels)
+        """The value; if it is a NaN, one whose bits do not stand for an absent record."""
+        if ptx.high_bits(value) == ABSENT:
+            return float64(math.nan)
+        return value
 
     @cuda.jit(device=True)
     def group_statistics(scratch, eps, statistics, place):
         """Mean and rstd of the tile's channels' groups: a warp pools the records of a group.
 
-        Records that are not there yet are waited for. Sums are taken in fp64, where the difference
-        of mean square and squared mean keeps all digits that fp32 values have.
+        Records that are not there yet are waited for.
         """
-        found = cuda.local.array(found_words, uint32)
+        found = cuda.local.array(found_values, float64)
         first_k = int32(place[CHANNEL_TILE] * tile_channels)
         last_k = min(int32(first_k + tile_channels), out_channels) - 1
         sample = records_at + int64(place[SAMPLE]) * sample_record_words
         group = int32(first_k // group_channels + ptx.thread_index() // WARP)
         while group <= last_k // group_channels:
-            first = sample + int32(group * (2 * group_entries))
+            first = sample + int32(group * (group_entries * RECORD_WORDS))
             total, squares = float64(0), float64(0)
             entry = int32(ptx.lane_index())
             while entry - ptx.lane_index() < group_entries:
@@ -532,21 +537,19 @@ def tile_functions(shape: TileShape) -> TileFunctions:
                 while waiting:
                     absent = False
                     for i in range(records_at_once):
+                        found[2 * i], found[2 * i + 1] = float64(0), float64(0)
                         if entry + i * WARP < group_entries:
-                            record = uint64(first + int32(2 * (entry + i * WARP)))
-                            mean, m2 = ptx.load_published(scratch, record)
-                            absent = absent or mean == ABSENT or m2 == ABSENT
-                            found[2 * i], found[2 * i + 1] = mean, m2
+                            at = uint64(first + int32((entry + i * WARP) * RECORD_WORDS))
+                            found[2 * i] = ptx.load_published(scratch, at)
+                            found[2 * i + 1] = ptx.load_published(scratch, at + uint64(2))
+                    for i in range(found_values):
+                        absent = absent or ptx.high_bits(found[i]) == ABSENT
                     waiting = cuda.any_sync(FULL_WARP, absent)  # a warp stays together
                     if waiting:
                         cuda.nanosleep(WAIT_NANOSECONDS)
                 for i in range(records_at_once):
-                    if entry + i * WARP < group_entries:
-                        count = record_count(int32((entry + i * WARP) % tile_positions))
-                        center = float64(ptx.bits_float(found[2 * i]))
-                        total += count * center
-                        squares += float64(ptx.bits_float(found[2 * i + 1]))
-                        squares += count * center * center
+                    total += found[2 * i]
+                    squares += found[2 * i + 1]
                 entry = int32(entry + records_at_once * WARP)
             mean = shuffled_sum(total, WARP) * share_of_group
             variance = shuffled_sum(squares, WARP) * share_of_group - mean * mean
@@ -564,9 +567,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
     # ---- the rest: from accumulators to out ----------------------------------------------------
 
     @cuda.jit(device=True)
-    def finish(
-        acc, unscale_x, scratch, bias, gamma, beta, statistics, place, bounds, seed, dropout
-    ):
+    def finish(acc, scratch, bias, gamma, beta, statistics, place, bounds, seed, dropout):
         """Normalise, min, clamp and drop, in registers.
 
         `bounds` are those of `clip_bounds`, already multiplied by the kept values' scale, as gamma
@@ -580,7 +581,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
         first_k = int32(place[CHANNEL_TILE] * tile_channels)
         first_c = int32(channel_warp * CHANNELS + lane // 4)
         row = int32(d * out_h + h + row_warp * ROWS + 2 * (lane % 4))
-        stream = int64(int64(n) * out_channels + first_k + first_c) * streams_per_channel
+        stream = (int64(n) * out_channels + first_k + first_c) * streams_per_channel
         stream += int32(row * streams_per_row + w // COLUMNS + column_warp)
         for r in range(4):
             c = int32(first_c + r // 2 * 8)
@@ -589,7 +590,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
             k = uint32(first_k + c)
             slope = statistics[1, c] * gamma[k] * keep_scale
             start = (bias[k] - statistics[0, c]) * slope + beta[k] * keep_scale
-            slope *= unscale_x * ptx.bits_float(scratch[uint64(unscale_at) + k])
+            slope *= input_unscale(place) * ptx.bits_float(scratch[uint64(unscale_at) + k])
             for j in range(COLUMNS):
                 value = acc[4 * j + r] * slope + start
                 acc[4 * j + r] = clip_float32(value, bounds[0], bounds[1])
@@ -605,56 +606,52 @@ def tile_functions(shape: TileShape) -> TileFunctions:
                         acc[4 * (j + 1) + r] *= float32(0)
 
     @cuda.jit(device=True)
-    def stage_output(acc, staged, place, half):
-        """Bring eight of each warp's sixteen channels into rows in shared memory."""
+    def stage_output(acc, staged, place):
+        """Bring the finished values into rows in shared memory."""
         channel_warp, row_warp, column_warp = warp_place()
         rows, columns = extent(place)
         lane = int32(ptx.lane_index())
-        staged_half = half * HALF if whole_output else 0
-        first = int32(int32(channel_warp * staged_channels + staged_half + lane // 4))
-        first = int32(first * channel_stride)
+        first = int32(int32(channel_warp * CHANNELS + lane // 4) * channel_stride)
         first = int32(first + int32(row_warp * ROWS + 2 * (lane % 4)) * out_row)
         first = int32(first + column_warp * COLUMNS)
-        for r in range(2):
-            if 2 * (lane % 4) + r < rows:
+        for r in range(4):
+            if 2 * (lane % 4) + r % 2 < rows:
+                row = r // 2 * (8 * channel_stride) + r % 2 * out_row
                 for j in range(0, COLUMNS, 2):
-                    target = uint64(first) + uint64(r * out_row + j)
-                    i = 4 * j + 2 * half + r
+                    target = uint64(first) + uint64(row + j)
                     if even_rows:
                         if j < columns:
-                            ptx.store_2(staged, target, acc[i], acc[i + 4])
+                            ptx.store_2(staged, target, acc[4 * j + r], acc[4 * j + 4 + r])
                     else:
                         if j < columns:
-                            staged[target] = acc[i]
+                            staged[target] = acc[4 * j + r]
                         if j + 1 < columns:
-                            staged[target + uint64(1)] = acc[i + 4]
+                            staged[target + uint64(1)] = acc[4 * j + 4 + r]
 
     @cuda.jit(device=True)
-    def write_output(staged, out, place, half):
+    def write_output(staged, out, place):
         """Write the staged channels, neighbours together."""
         n, d, h, w = place[SAMPLE], place[PLANE], place[ROW], place[COLUMN]
         height, width = min(tile_rows, int32(out_h - h)), min(tile_columns, int32(out_w - w))
         if whole_rows:  # one run of values a channel
             height, width = 1, int32(height * out_w)
         lane = int32(ptx.lane_index())
-        first_k = int32(place[CHANNEL_TILE] * tile_channels + half * HALF)
+        first_k = int32(place[CHANNEL_TILE] * tile_channels)
         c = int32(ptx.thread_index() // WARP)
-        while c < channel_warps * staged_channels:
-            k = int32(first_k + c // staged_channels * CHANNELS + c % staged_channels)
-            if k < out_channels:
-                start = (int64(n) * out_channels + k) * (out_d * out_plane)
-                start += int32(d * out_plane + h * out_w + w)
-                for row in range(height):
-                    i = int32(lane * store_values)
-                    while i < width:
-                        target = uint64(start + int32(row * out_w + i))
-                        source = uint64(int32(c * channel_stride + row * out_row + i))
-                        if store_values == 4:
-                            values = ptx.load_4(staged, source)
-                            ptx.store_4(out, target, values[0], values[1], values[2], values[3])
-                        else:
-                            out[target] = staged[source]
-                        i = int32(i + WARP * store_values)
+        while c < tile_channels and first_k + c < out_channels:
+            start = (int64(n) * out_channels + first_k + c) * (out_d * out_plane)
+            start += int32(d * out_plane + h * out_w + w)
+            for row in range(height):
+                i = int32(lane * store_values)
+                while i < width:
+                    target = uint64(start + int32(row * out_w + i))
+                    source = uint64(int32(c * channel_stride + row * out_row + i))
+                    if store_values == 4:
+                        values = ptx.load_4(staged, source)
+                        ptx.store_4(out, target, values[0], values[1], values[2], values[3])
+                    else:
+                        out[target] = staged[source]
+                    i = int32(i + WARP * store_values)
             c = int32(c + warps)
 
     @cuda.jit(device=True)
@@ -663,43 +660,30 @@ def tile_functions(shape: TileShape) -> TileFunctions:
         n, d, h = place[SAMPLE], place[PLANE], place[ROW]
         values = int32(min(tile_rows, int32(out_h - h)) * out_w)
         first_k = int32(place[CHANNEL_TILE] * tile_channels)
-        c = int32(ptx.thread_index())
-        while c < tile_channels and first_k + c < out_channels:
+        # The engine takes a warp's requests one after the other: every warp has its share.
+        c = int32(ptx.lane_index() * warps + ptx.thread_index() // WARP)
+        if c < tile_channels and first_k + c < out_channels:
             start = (int64(n) * out_channels + first_k + c) * (out_d * out_plane)
             start += int32(d * out_plane + h * out_w)
             ptx.copy_out(out, uint64(start), staged, uint64(int32(c * channel_stride)), values)
-            c = int32(c + threads)
 
     @cuda.jit(device=True)
     def store(acc, staged, out, place):
-        """Write the tile to `out` by way of shared memory, in two halves if there is no room."""
-        stage_output(acc, staged, place, 0)
-        if whole_output:
-            stage_output(acc, staged, place, 1)
+        """Write the tile to `out` by way of shared memory."""
+        stage_output(acc, staged, place)
         if bulk_store:
             ptx.hand_to_copy_engine()
         cuda.syncthreads()
         if bulk_store:
             copy_output(staged, out, place)
         else:
-            write_output(staged, out, place, 0)
-            if not whole_output:
-                cuda.syncthreads()
-                stage_output(acc, staged, place, 1)
-                cuda.syncthreads()
-                write_output(staged, out, place, 1)
-
-    @cuda.jit(device=True)
-    def wait_for_store():
-        """Wait, with the barrier that follows, until the words may be overwritten."""
-        if bulk_store:
-            ptx.wait_for_copies_out()
+            write_output(staged, out, place)
 
     return TileFunctions(
         locate,
         stage_input,
         accumulate,
-        publish_moments,
+        publish_sums,
         group_statistics,
         finish,
         store,

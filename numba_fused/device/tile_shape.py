@@ -32,8 +32,11 @@ Triple: TypeAlias = tuple[int, int, int]
 WARP = 32
 CHANNELS = 16  # rows of A: output channels of a warp
 ROWS = 8  # columns of B: output rows of a warp
+# The blocks of an SM share its registers and this; the system takes some for each.
 WARPS_PER_PROCESSOR = 16
+PROCESSOR_SHARED_BYTES, SYSTEM_SHARED_BYTES = 228 * 1024, 1024
 COLUMNS = 16  # positions along w of a warp: one dropout stream
+RECORD_WORDS = 4  # sum and sum of squares of some channels of a tile, as doubles
 WINDOW_POSITIONS = (8, 4, 2)  # of them that share a window: as many as keep it short
 SHORT_WINDOW, LONGEST_WINDOW = 10, 24  # slots; 64 accumulators need registers, too
 
@@ -63,8 +66,6 @@ class TileShape:
         2 halves, or 1 TF32 value.
     split : bool
         Whether a second set of planes holds what rounding to halves left over.
-    whole_output : bool
-        Whether the finished tile is staged at once, not in two halves of its channels.
     aligned : bool
         Whether x and out begin at multiples of 16 bytes.
     bulk_copies : bool
@@ -86,7 +87,6 @@ class TileShape:
     planes: int
     values_per_word: int
     split: bool
-    whole_output: bool
     aligned: bool
     bulk_copies: bool
 
@@ -108,10 +108,11 @@ class TileShape:
         """Threads of a block."""
         return WARP * self.warps
 
-    @property
+    @cached_property
     def blocks_per_processor(self) -> int:
-        """Blocks an SM should hold: 16 warps leave a thread 128 registers."""
-        return WARPS_PER_PROCESSOR // self.warps
+        """Blocks an SM holds: 16 warps leave a thread 128 registers."""
+        of_block = round_up(self.shared_bytes + self.static_bytes + SYSTEM_SHARED_BYTES, 128)
+        return max(1, min(WARPS_PER_PROCESSOR // self.warps, PROCESSOR_SHARED_BYTES // of_block))
 
     @property
     def channels(self) -> int:
@@ -239,7 +240,7 @@ class TileShape:
     @property
     def bulk_store(self) -> bool:
         """Whether each channel of a tile is one aligned run, which the copy engine can write."""
-        return self.bulk_copies and self.whole_output and self.whole_rows and self.store == 4
+        return self.bulk_copies and self.whole_rows and self.store == 4
 
     # ---- shared memory --------------------------------------------------------------------
 
@@ -254,15 +255,9 @@ class TileShape:
         return round_up(self.rows * self.out_row - 16, 32) + 16
 
     @property
-    def staged_channels(self) -> int:
-        """Channels of a warp that are staged at a time."""
-        return CHANNELS if self.whole_output else CHANNELS // 2
-
-    @property
     def staged_input_at(self) -> int:
         """Values before the region that stages the input: words, and later the output."""
-        staged_output = self.channel_warps * self.staged_channels * self.channel_stride
-        return round_up(max(self.words, staged_output), 4)
+        return round_up(max(self.words, self.channels * self.channel_stride), 4)
 
     @cached_property
     def shared_bytes(self) -> int:
@@ -389,10 +384,10 @@ class TileShape:
 
     @cached_property
     def records_at(self) -> int:
-        """Words of scratch before the records: mean and m2 for each (n, record, tile position)."""
+        """Words of scratch before the records, one for each (n, record, tile position)."""
         return self.unscale_at + CHANNELS * self.packed_tiles
 
     @cached_property
     def sample_record_words(self) -> int:
         """Words of a sample's records."""
-        return 2 * self.records * (self.tiles_per_sample // self.tiles[0])
+        return RECORD_WORDS * self.records * (self.tiles_per_sample // self.tiles[0])

@@ -21,13 +21,15 @@ from typing import TYPE_CHECKING, Any
 
 from numba import cuda, float32, int32, uint32
 
+from numba_fused.device import ptx
 from numba_fused.device.tensor_tile import ACCUMULATORS, PLACE_SIZE, tile_functions
 from numba_fused.device.tile_shape import CHANNELS, TileShape
 from numba_fused.ladder.rung import Ledger, Operands
 from numba_fused.ladder.tensor_cores import (
     LEAST_CAPABILITY,
+    TileKind,
     prepare,
-    recompute_ledger,
+    tile_ledger,
     tile_limit,
 )
 from numba_fused.spec import BlockSpec
@@ -36,13 +38,14 @@ if TYPE_CHECKING:
     from numba_fused.device.launch import Launcher
 
 least_capability = LEAST_CAPABILITY
+KIND = TileKind(values_per_word=1, split=False, one_pass=False)
 
 
 def limit(spec: BlockSpec) -> str | None:
     """As all tiles, and the caller must want TF32."""
     if spec.precision != "tf32":
         return "it rounds to TF32: pass precision='tf32'"
-    return tile_limit(spec, values_per_word=1, split=False)
+    return tile_limit(spec, KIND)
 
 
 @cache
@@ -50,7 +53,7 @@ def kernels(shape: TileShape) -> tuple[Any, Any]:
     """The two kernels, specialised on a tile's shape."""
     f = tile_functions(shape)
     locate, stage_input, accumulate = f.locate, f.stage_input, f.accumulate
-    publish_moments, group_statistics = f.publish_moments, f.group_statistics
+    publish_sums, group_statistics = f.publish_sums, f.group_statistics
     finish, store, wait_for_store = f.finish, f.store, f.wait_for_store
     warps, staged_input_at = shape.warps, shape.staged_input_at
     moments_shape, statistics_shape = (3, warps, CHANNELS), (2, shape.channels)
@@ -69,8 +72,10 @@ def kernels(shape: TileShape) -> tuple[Any, Any]:
             locate(int32(cuda.blockIdx.x), place)
         cuda.syncthreads()
         stage_input(x, staged_input, place, 0)
-        unscale_x = accumulate(acc, x, scratch, words, staged_input, peaks, place)
-        publish_moments(acc, unscale_x, scratch, bias, moments, place)
+        ptx.wait_for_copies()
+        cuda.syncthreads()
+        accumulate(acc, x, scratch, words, staged_input, peaks, place)
+        publish_sums(acc, scratch, bias, moments, place)
 
     @cuda.jit(launch_bounds=bounds_of_launch)
     def apply_kernel(x, scratch, bias, gamma, beta, out, eps, bounds, seed, dropout):
@@ -86,8 +91,10 @@ def kernels(shape: TileShape) -> tuple[Any, Any]:
         cuda.syncthreads()
         stage_input(x, staged_input, place, 0)
         group_statistics(scratch, eps, statistics, place)
-        unscale_x = accumulate(acc, x, scratch, words, staged_input, peaks, place)
-        finish(acc, unscale_x, scratch, bias, gamma, beta, statistics, place, bounds, seed, dropout)
+        ptx.wait_for_copies()
+        cuda.syncthreads()
+        accumulate(acc, x, scratch, words, staged_input, peaks, place)
+        finish(acc, scratch, bias, gamma, beta, statistics, place, bounds, seed, dropout)
         cuda.syncthreads()  # others may still read the words where the output is staged
         store(acc, memory, out, place)
         wait_for_store()
@@ -97,12 +104,12 @@ def kernels(shape: TileShape) -> tuple[Any, Any]:
 
 def forward(launch: Launcher, operands: Operands) -> None:
     """Three launches."""
-    two_passes(launch, operands, values_per_word=1, split=False)
+    two_passes(launch, operands, KIND)
 
 
-def two_passes(launch: Launcher, operands: Operands, values_per_word: int, split: bool) -> None:
+def two_passes(launch: Launcher, operands: Operands, kind: TileKind) -> None:
     """Pack, statistics, apply, on words of one TF32 value or two halves."""
-    plan, scratch = prepare(launch, operands, values_per_word, split)
+    plan, scratch = prepare(launch, operands, kind)
     statistics_kernel, apply_kernel = kernels(plan.shape)
     block, shared_bytes = plan.shape.threads, plan.shape.shared_bytes
     launch(
@@ -134,4 +141,4 @@ def two_passes(launch: Launcher, operands: Operands, values_per_word: int, split
 
 def ledger(spec: BlockSpec, threads_per_block: int) -> Ledger:
     """See the lesson."""
-    return recompute_ledger(spec, values_per_word=1, split=False)
+    return tile_ledger(spec, KIND)

@@ -24,26 +24,30 @@ from typing import TYPE_CHECKING
 
 from numba_fused.ladder.rung import Ledger, Operands
 from numba_fused.ladder.rung_7_tensor_core import two_passes
-from numba_fused.ladder.tensor_cores import LEAST_CAPABILITY, recompute_ledger, tile_limit
+from numba_fused.ladder.tensor_cores import LEAST_CAPABILITY, TileKind, tile_ledger, tile_limit
 from numba_fused.spec import BlockSpec
 
 if TYPE_CHECKING:
     from numba_fused.device.launch import Launcher
 
 least_capability = LEAST_CAPABILITY
-VALUES_PER_WORD = 2
+
+
+def kind(spec: BlockSpec) -> TileKind:
+    """Pairs of halves; TF32's precision takes one half of each pair."""
+    return TileKind(values_per_word=2, split=spec.precision == "ieee", one_pass=False)
 
 
 def limit(spec: BlockSpec) -> str | None:
     """As all tiles."""
-    return tile_limit(spec, VALUES_PER_WORD, split=spec.precision == "ieee")
+    return tile_limit(spec, kind(spec))
 
 
 def forward(launch: Launcher, operands: Operands) -> None:
     """Three launches."""
-    two_passes(launch, operands, VALUES_PER_WORD, split=operands.spec.precision == "ieee")
+    two_passes(launch, operands, kind(operands.spec))
 
 
 def ledger(spec: BlockSpec, threads_per_block: int) -> Ledger:
     """See the lesson; the packed weights and the moments are small change."""
-    return recompute_ledger(spec, VALUES_PER_WORD, split=spec.precision == "ieee")
+    return tile_ledger(spec, kind(spec))

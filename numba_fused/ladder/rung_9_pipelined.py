@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from numba import cuda, float32, int32, uint32
 
+from numba_fused.device import ptx
 from numba_fused.device.tensor_tile import ACCUMULATORS, PLACE_SIZE, TILE, tile_functions
 from numba_fused.device.tile_shape import CHANNELS, TileShape
 from numba_fused.ladder.rung import Ledger, Operands
 from numba_fused.ladder.tensor_cores import (
     LEAST_CAPABILITY,
-    PROCESSOR_SHARED_BYTES,
-    SYSTEM_SHARED_BYTES,
-    one_pass_ledger,
+    TileKind,
     prepare,
+    tile_ledger,
     tile_limit,
     tile_shape,
 )
@@ -40,8 +40,12 @@ if TYPE_CHECKING:
     from numba_fused.device.launch import Launcher
 
 least_capability = LEAST_CAPABILITY
-VALUES_PER_WORD = 2
 H200_PROCESSORS = 132
+
+
+def kind(spec: BlockSpec) -> TileKind:
+    """Pairs of halves, as in rung 8, and tiles that wait."""
+    return TileKind(values_per_word=2, split=spec.precision == "ieee", one_pass=True)
 
 
 @cache
@@ -49,7 +53,7 @@ def kernel(shape: TileShape) -> Any:
     """The persistent kernel, specialised on a tile's shape."""
     f = tile_functions(shape)
     locate, stage_input, accumulate = f.locate, f.stage_input, f.accumulate
-    publish_moments, group_statistics = f.publish_moments, f.group_statistics
+    publish_sums, group_statistics = f.publish_sums, f.group_statistics
     finish, store, wait_for_store = f.finish, f.store, f.wait_for_store
     warps, staged_input_at = shape.warps, shape.staged_input_at
     moments_shape, statistics_shape = (3, warps, CHANNELS), (2, shape.channels)
@@ -63,32 +67,29 @@ def kernel(shape: TileShape) -> Any:
         moments = cuda.shared.array(moments_shape, float32)
         statistics = cuda.shared.array(statistics_shape, float32)
         peaks = cuda.shared.array(warps, uint32)
+        place = cuda.shared.array(PLACE_SIZE, int32)
+        next_place = cuda.shared.array(PLACE_SIZE, int32)
         acc = cuda.local.array(ACCUMULATORS, float32)
-        place, next_place = (
-            cuda.shared.array(PLACE_SIZE, int32),
-            cuda.shared.array(PLACE_SIZE, int32),
-        )
         if cuda.threadIdx.x == 0:
-            locate(int32(cuda.blockIdx.x), place)
+            locate(int32(cuda.blockIdx.x), next_place)
         cuda.syncthreads()
-        stage_input(x, staged_input, place, 0)
-        while place[TILE] < tiles:
-            unscale_x = accumulate(acc, x, scratch, words, staged_input, peaks, place)
+        stage_input(x, staged_input, next_place, 0)
+        while next_place[TILE] < tiles:
+            if cuda.threadIdx.x < PLACE_SIZE:
+                place[cuda.threadIdx.x] = next_place[cuda.threadIdx.x]
+            ptx.wait_for_copies()
+            cuda.syncthreads()
+            accumulate(acc, x, scratch, words, staged_input, peaks, place)
             if cuda.threadIdx.x == 0:
                 locate(int32(place[TILE] + cuda.gridDim.x), next_place)
-            publish_moments(acc, unscale_x, scratch, bias, moments, place)
+            publish_sums(acc, scratch, bias, moments, place)
             if next_place[TILE] < tiles:
                 stage_input(x, staged_input, next_place, 0)
             group_statistics(scratch, eps, statistics, place)
-            finish(
-                acc, unscale_x, scratch, bias, gamma, beta, statistics, place, bounds, seed, dropout
-            )
+            finish(acc, scratch, bias, gamma, beta, statistics, place, bounds, seed, dropout)
             store(acc, memory, out, place)
-            wait_for_store()
-            cuda.syncthreads()  # the next tile's words go where this one was stored from
-            if cuda.threadIdx.x <= TILE:
-                place[cuda.threadIdx.x] = next_place[cuda.threadIdx.x]
-            cuda.syncthreads()
+            cuda.syncthreads()  # others read `place`
+        wait_for_store()
 
     return pipelined
 
@@ -99,18 +100,14 @@ def resident_blocks(shape: TileShape) -> int:
     processors = H200_PROCESSORS
     if torch.cuda.is_available():
         processors = torch.cuda.get_device_properties().multi_processor_count
-    by_memory = PROCESSOR_SHARED_BYTES // (
-        shape.shared_bytes + shape.static_bytes + SYSTEM_SHARED_BYTES
-    )
-    return processors * min(shape.blocks_per_processor, by_memory)
+    return processors * shape.blocks_per_processor
 
 
 def limit(spec: BlockSpec) -> str | None:
     """As the other tensor-core rungs, and a sample's tiles must be resident together."""
-    split = spec.precision == "ieee"
-    if (reason := tile_limit(spec, VALUES_PER_WORD, split)) is not None:
+    if (reason := tile_limit(spec, kind(spec))) is not None:
         return reason
-    shape = tile_shape(spec, VALUES_PER_WORD, split)
+    shape = tile_shape(spec, kind(spec))
     tiles, blocks = shape.tiles_per_sample, resident_blocks(shape)
     if tiles <= blocks:
         return None
@@ -119,10 +116,7 @@ def limit(spec: BlockSpec) -> str | None:
 
 def forward(launch: Launcher, operands: Operands) -> None:
     """Two launches."""
-    spec = operands.spec
-    plan, scratch = prepare(
-        launch, operands, VALUES_PER_WORD, split=spec.precision == "ieee", absent=True
-    )
+    plan, scratch = prepare(launch, operands, kind(operands.spec))
     launch(
         kernel(plan.shape),
         min(int(plan.tiles), resident_blocks(plan.shape)),
@@ -145,4 +139,4 @@ def forward(launch: Launcher, operands: Operands) -> None:
 
 def ledger(spec: BlockSpec, threads_per_block: int) -> Ledger:
     """See the lesson; the packed weights and the moments are small change."""
-    return one_pass_ledger(spec, VALUES_PER_WORD, split=spec.precision == "ieee")
+    return tile_ledger(spec, kind(spec))

@@ -6,6 +6,7 @@ import itertools
 import math
 from dataclasses import replace
 from functools import cache, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,21 +16,38 @@ from numba_fused.device.fragments import THREADS as PACK_THREADS
 from numba_fused.device.fragments import pack_kernel
 from numba_fused.device.launch import Launcher
 from numba_fused.device.pointwise import clip_bounds
-from numba_fused.device.tile_shape import LONGEST_WINDOW, TileShape, Triple
+from numba_fused.device.tile_shape import LONGEST_WINDOW, WARP, TileShape, Triple
 from numba_fused.ladder.rung import Ledger, Operands, sample_limit, seed_bytes, vector_bytes
 from numba_fused.spec import BlockSpec
 
 LEAST_CAPABILITY = (8, 0)
 MOST_WARPS = 8
-# The blocks of an SM share this, and the system takes some for each.
-PROCESSOR_SHARED_BYTES, SYSTEM_SHARED_BYTES = 228 * 1024, 1024
 LARGEST_SHARED_BYTES = 224 * 1024
 # Instructions of a warp per value, from the disassembly: what the choice of a tile weighs.
-OUTPUT_COST, INPUT_COST, RUN_COST = 22, 4, 600
+OUTPUT_COST, INPUT_COST, RUN_COST, CHUNK_COST = 22, 4, 600, 100
+FEW_WARPS_COST = 8
 MARKING_BLOCKS = 132
 
 
-def tile_limit(spec: BlockSpec, values_per_word: int, split: bool) -> str | None:
+class TileKind(NamedTuple):
+    """What distinguishes the tiles of one rung from those of another.
+
+    Attributes
+    ----------
+    values_per_word : int
+        2 halves or 1 TF32 value.
+    split : bool
+        Whether words come in two parts.
+    one_pass : bool
+        Whether convolutions wait for their statistics, and need not be repeated.
+    """
+
+    values_per_word: int
+    split: bool
+    one_pass: bool
+
+
+def tile_limit(spec: BlockSpec, kind: TileKind) -> str | None:
     """Why tensor-core tiles cannot run `spec`, or None."""
     if spec.dtype != "float32":
         return f"tensor cores take fp32 here, and x is {spec.dtype}"
@@ -37,7 +55,7 @@ def tile_limit(spec: BlockSpec, values_per_word: int, split: bool) -> str | None
         return f"its tiles mix all input channels, and the convolution has groups={spec.groups}"
     if (reason := sample_limit(spec)) is not None:
         return reason
-    candidates = _candidates(spec, values_per_word, split)
+    candidates = _candidates(spec, kind)
     if not candidates:
         return f"its input tile needs more than {LARGEST_SHARED_BYTES // 1024} KB of shared memory"
     if candidates[0].window_slots > LONGEST_WINDOW:
@@ -51,36 +69,30 @@ def tile_limit(spec: BlockSpec, values_per_word: int, split: bool) -> str | None
 
 @lru_cache(maxsize=1024)
 def tile_shape(
-    spec: BlockSpec,
-    values_per_word: int,
-    split: bool,
-    aligned: bool = True,
-    bulk_copies: bool = True,
+    spec: BlockSpec, kind: TileKind, aligned: bool = True, bulk_copies: bool = True
 ) -> TileShape:
     """The cheapest tile for `spec`.
 
     Parameters
     ----------
     spec : BlockSpec
-    values_per_word : int
-        2 halves or 1 TF32 value.
-    split : bool
-        Whether words come in two parts.
+    kind : TileKind
     aligned : bool
         Whether x and out begin at multiples of 16 bytes.
     bulk_copies : bool
         Whether the GPU has a copy engine for shared memory.
     """
-    shape = min(_candidates(spec, values_per_word, split), key=_cost)
+    shape = min(_candidates(spec, kind), key=_cost)
     return replace(shape, aligned=aligned, bulk_copies=bulk_copies)
 
 
 @lru_cache(maxsize=1024)
-def _candidates(spec: BlockSpec, values_per_word: int, split: bool) -> list[TileShape]:
-    """Every tile that fits into shared memory, two blocks to an SM if any does."""
+def _candidates(spec: BlockSpec, kind: TileKind) -> list[TileShape]:
+    """Every tile that fits into shared memory."""
     channel_warps = min(MOST_WARPS, 2 ** math.ceil(math.log2(max(1, spec.out_channels / 16))))
     kernel = _triple(spec.volume(spec.weight_shape)[2:])
-    all_planes = -(-kernel[0] * spec.in_channels // (2 * values_per_word))
+    all_planes = -(-kernel[0] * spec.in_channels // (2 * kind.values_per_word))
+    planes_at_a_time = {1, 2, *range(4, all_planes, 4), all_planes}
     fitting: list[TileShape] = []
     for rows, columns in itertools.product((1, 2, 4, 8), repeat=2):
         if rows * columns * channel_warps > MOST_WARPS:
@@ -99,31 +111,14 @@ def _candidates(spec: BlockSpec, values_per_word: int, split: bool) -> list[Tile
             row_warps=rows,
             column_warps=columns,
             planes=all_planes,
-            values_per_word=values_per_word,
-            split=split,
-            whole_output=True,
+            values_per_word=kind.values_per_word,
+            split=kind.split,
             aligned=True,
             bulk_copies=True,
         )
-        fewer = range((all_planes - 1) // 4 * 4, 0, -4)
-        choices = [
-            replace(tile, planes=planes, whole_output=whole)
-            for planes in (all_planes, *fewer, 2, 1)
-            if planes <= all_planes
-            for whole in (True, False)
-        ]
-        for limit in (_share_of_processor(tile), LARGEST_SHARED_BYTES):
-            found = next((c for c in choices if c.shared_bytes <= limit), None)
-            if found:
-                fitting.append(found)
-                break
-    small = [tile for tile in fitting if tile.shared_bytes <= _share_of_processor(tile)]
-    return small or fitting
-
-
-def _share_of_processor(tile: TileShape) -> int:
-    of_block = PROCESSOR_SHARED_BYTES // tile.blocks_per_processor // 128 * 128
-    return of_block - SYSTEM_SHARED_BYTES - tile.static_bytes
+        choices = (replace(tile, planes=p) for p in planes_at_a_time if p <= all_planes)
+        fitting += [tile for tile in choices if tile.shared_bytes <= LARGEST_SHARED_BYTES]
+    return fitting
 
 
 def _triple(values: tuple[int, ...]) -> Triple:
@@ -132,11 +127,14 @@ def _triple(values: tuple[int, ...]) -> Triple:
 
 
 def _cost(tile: TileShape) -> float:
-    """Instructions of all tiles, roughly."""
+    """Time of all tiles, roughly: instructions, and how well warps hide each other's waits."""
     outputs = tile.channels * tile.rows * tile.columns
     runs = tile.channels * (1 if tile.whole_rows else tile.rows)
     inputs = tile.chunks * tile.staged_planes * tile.in_rows * tile.staged_row
-    return tile.tiles_per_sample * (OUTPUT_COST * outputs + INPUT_COST * inputs + RUN_COST * runs)
+    instructions = OUTPUT_COST * outputs + INPUT_COST * inputs + RUN_COST * runs
+    instructions += CHUNK_COST * WARP * tile.warps * tile.chunks
+    resident = tile.blocks_per_processor * tile.warps
+    return tile.tiles_per_sample * instructions * (1 + FEW_WARPS_COST / resident)
 
 
 class TilePlan:
@@ -160,14 +158,9 @@ class TilePlan:
     """
 
     def __init__(
-        self,
-        spec: BlockSpec,
-        values_per_word: int,
-        split: bool,
-        aligned: bool,
-        bulk_copies: bool = True,
+        self, spec: BlockSpec, kind: TileKind, aligned: bool = True, bulk_copies: bool = True
     ) -> None:
-        self.shape = shape = tile_shape(spec, values_per_word, split, aligned, bulk_copies)
+        self.shape = shape = tile_shape(spec, kind, aligned, bulk_copies)
         self.tiles = np.int32(spec.batch * shape.tiles_per_sample)
         self.record_words = np.int32(spec.batch * shape.sample_record_words)
         self.scratch_words = shape.records_at + int(self.record_words)
@@ -191,19 +184,16 @@ def has_bulk_copies(device: torch.device) -> bool:
     return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def prepare(
-    launch: Launcher, operands: Operands, values_per_word: int, split: bool, absent: bool = False
-) -> tuple[TilePlan, Tensor]:
+def prepare(launch: Launcher, operands: Operands, kind: TileKind) -> tuple[TilePlan, Tensor]:
     """Choose the tile, allocate what the kernels share and pack the weights: one launch.
+
+    Where tiles will wait for each other's records, all are marked as absent.
 
     Parameters
     ----------
     launch, operands
         As a rung's `forward` gets them.
-    values_per_word, split
-        As `tile_shape` takes them.
-    absent : bool
-        Whether to mark all records as absent: some will be waited for.
+    kind : TileKind
 
     Returns
     -------
@@ -213,36 +203,26 @@ def prepare(
     """
     aligned = (operands.x.data_ptr() | operands.out.data_ptr()) % 16 == 0
     bulk_copies = has_bulk_copies(operands.x.device)
-    plan = tile_plan(operands.spec, values_per_word, split, aligned, bulk_copies)
+    plan = tile_plan(operands.spec, kind, aligned, bulk_copies)
     scratch = torch.empty(plan.scratch_words, dtype=torch.uint32, device=operands.x.device)
     launch(
         pack_kernel(plan.shape),
-        plan.marking_blocks if absent else plan.shape.packed_tiles,
+        plan.marking_blocks if kind.one_pass else plan.shape.packed_tiles,
         PACK_THREADS,
         operands.weight,
         scratch,
-        plan.record_words if absent else np.int32(0),
+        plan.record_words if kind.one_pass else np.int32(0),
     )
     return plan, scratch
 
 
-def recompute_ledger(spec: BlockSpec, values_per_word: int, split: bool) -> Ledger:
-    """x twice and out once, in three launches; besides, the weights, packed, and the moments."""
-    return _ledger(spec, values_per_word, split, passes=2)
+def tile_ledger(spec: BlockSpec, kind: TileKind) -> Ledger:
+    """x in each pass and out once; besides, the weights, packed, and the moments.
 
-
-def one_pass_ledger(spec: BlockSpec, values_per_word: int, split: bool) -> Ledger:
-    """x once and out once, in two launches; besides, the weights, packed, and the moments.
-
-    Records are marked as absent before they are published.
+    Records that are waited for are marked as absent before they are published.
     """
-    ledger = _ledger(spec, values_per_word, split, passes=1)
-    marked = 4 * int(tile_plan(spec, values_per_word, split, True).record_words)
-    return replace(ledger, bytes_written=ledger.bytes_written + marked)
-
-
-def _ledger(spec: BlockSpec, values_per_word: int, split: bool, passes: int) -> Ledger:
-    plan = tile_plan(spec, values_per_word, split, True)
+    plan = tile_plan(spec, kind)
+    passes = 1 if kind.one_pass else 2
     packed = 4 * plan.shape.unscale_at
     factors = 4 * (plan.shape.records_at - plan.shape.unscale_at)
     records = 4 * int(plan.record_words)
@@ -255,6 +235,6 @@ def _ledger(spec: BlockSpec, values_per_word: int, split: bool, passes: int) -> 
         + 2 * 2 * vector_bytes(spec)
         + 2 * vector_bytes(spec)
         + seed_bytes(spec),
-        bytes_written=packed + factors + records + spec.output_bytes,
+        bytes_written=packed + factors + (3 - passes) * records + spec.output_bytes,
         launches=1 + passes,
     )
