@@ -5,7 +5,8 @@ cost as much host time as the launch. Where something follows the call (torch.co
 torch.export, fake tensors, any dispatch mode) it goes through the operators
 ``numba_fused::block`` and ``numba_fused::block_backward`` instead, whose bodies are the same
 `forward` and `gradients`. Transforms of torch.func, which cannot differentiate custom operators,
-get PyTorch's own.
+get PyTorch's own, and the mask from ``numba_fused::keep_mask``, which there is nothing to
+differentiate in.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import marshal
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from types import NoneType
 from typing import Any, TypeAlias
 
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from numba_fused import ladder, plan
-from numba_fused.ladder.rung_0_torch import dropout_mask
+from numba_fused.ladder.rung_0_torch import draw_mask, dropout_mask
 from numba_fused.reference import chain, convolution_precision, seed_tensor
 from numba_fused.spec import BlockSpec, DegenerateChainWarning, IntOrTuple, Padding
 
@@ -42,9 +44,25 @@ PADDING = OPTION_NAMES.index("padding")
 COMPUTED_DTYPES = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 MOST_CALLS = 1024
 
-# Specs of the calls seen so far, by everything that decides whether a call is valid. Validating
-# one takes longer than launching its kernels.
-_specs: dict[tuple[Any, ...], BlockSpec] = {}
+
+@dataclass(frozen=True)
+class Call:
+    """What is known of a call when it has been validated.
+
+    Attributes
+    ----------
+    spec : BlockSpec
+    rung : str, optional
+        Name of the one that runs it; None if it is left to PyTorch's operators, on the CPU.
+    """
+
+    spec: BlockSpec
+    rung: str | None
+
+
+# The calls seen so far, by everything that decides whether a call is valid. Validating one takes
+# longer than launching its kernels.
+_calls: dict[tuple[Any, ...], Call] = {}
 
 
 def fused_conv_group_norm_min_clamp_dropout(
@@ -154,45 +172,35 @@ def fused_conv_group_norm_min_clamp_dropout(
         return block(*operands, drawn, *schema_options(options), variant)
     if torch._C._is_any_autocast_enabled():
         operands = autocast(operands)
-    spec = validated(operands, options, variant)
-    drawn = seed_tensor(seed, x.device) if spec.draws else None
+    call = validated(operands, options, variant)
     if torch._C._are_functorch_transforms_active():
-        if variant not in ("auto", "torch"):
-            raise ValueError(
-                f"variant={variant!r} cannot run under a transform of torch.func: use "
-                f"variant='auto' (PyTorch with the same mask)"
-            )
-        return in_pytorch(spec, drawn, operands)
-    by_itself = variant == "auto" and x.device.type == "cpu"  # PyTorch's operators differentiate
-    if derivative_wanted(operands) and not by_itself:
-        return _Block.apply(spec, variant, drawn, *operands)
-    return forward(spec, variant, drawn, operands)
+        return transformed(call, variant, seed, operands)
+    if derivative_wanted(operands) and call.rung is not None:  # PyTorch's operators know their own
+        drawn = seed_tensor(seed, x.device) if call.spec.draws else None  # backward needs it, too
+        return _Block.apply(call, drawn, *operands)
+    return forward(call, seed, operands)
 
 
 # ---- what is computed, whoever asks -------------------------------------------------------------
 
 
-def forward(spec: BlockSpec, variant: str, seed: Tensor | None, operands: Operands) -> Tensor:
-    """Run a variant; the result has x's dtype. Autograd sees nothing of a rung's kernels."""
-    x = operands[0]
-    device_type = x.device.type
-    if variant == "auto":
-        if device_type == "cpu":
-            return in_pytorch(spec, seed, operands)
-        variant = plan.choose(spec, x.device)
-    elif device_type == "cpu" and variant != "torch":
-        plan.check_simulable(spec, variant)
-    with without_autocast(device_type):
+def forward(call: Call, seed: int | Tensor | None, operands: Operands) -> Tensor:
+    """Run a call; the result has x's dtype. Autograd sees nothing of a rung's kernels."""
+    x, spec = operands[0], call.spec
+    if call.rung is None:
+        mask = dropout_mask(spec, seed_tensor(seed, x.device)) if spec.draws else None
+        return in_pytorch(spec, mask, operands)
+    with without_autocast(x):
         if x.dtype not in COMPUTED_DTYPES:
-            return ladder.run(variant, *operands, spec=spec, seed=seed)
-        return ladder.run(variant, *computed(operands), spec=spec, seed=seed).to(x.dtype)
+            return ladder.run(call.rung, *operands, spec=spec, seed=seed)
+        return ladder.run(call.rung, *computed(operands), spec=spec, seed=seed).to(x.dtype)
 
 
-def in_pytorch(spec: BlockSpec, seed: Tensor | None, operands: Operands) -> Tensor:
-    """The block as PyTorch's operators, with the kernels' mask, contiguous."""
+def in_pytorch(spec: BlockSpec, keep_mask: Tensor | None, operands: Operands) -> Tensor:
+    """The block as PyTorch's operators, contiguous."""
     x = operands[0]
-    with convolution_precision(spec), without_autocast(x.device.type):
-        out = chain(spec, *computed(operands), keep_mask=dropout_mask(spec, seed))
+    with convolution_precision(spec), without_autocast(x):
+        out = chain(spec, *computed(operands), keep_mask=keep_mask)
         return out.contiguous().to(x.dtype)
 
 
@@ -207,7 +215,7 @@ def gradients(
 ) -> list[Tensor]:
     """Gradients of the operands that are `wanted`, in order, through PyTorch's operators."""
     mask = dropout_mask(spec, seed)
-    with convolution_precision(spec), without_autocast(grad_out.device.type), torch.enable_grad():
+    with convolution_precision(spec), without_autocast(grad_out), torch.enable_grad():
         # Views, because an operand may depend on another: these gradients are partial ones.
         views: list[Any] = [None if t is None else t.view_as(t) for t in operands]
         targets = [view.requires_grad_() for view, want in zip(views, wanted, strict=True) if want]
@@ -240,11 +248,11 @@ def autocast(operands: Operands) -> Operands:
 _NOTHING = nullcontext()
 
 
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """No autocast inside: the block has chosen its own dtypes."""
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """No autocast on a tensor's device inside: the block has chosen its own dtypes."""
     if not torch._C._is_any_autocast_enabled():
         return _NOTHING
-    return torch.autocast(device_type, enabled=False)
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 # ---- eager calls --------------------------------------------------------------------------------
@@ -265,23 +273,21 @@ class _Block(torch.autograd.Function):
     """Forward by a variant, backward by differentiating PyTorch's operators."""
 
     @staticmethod
-    def forward(
-        ctx: Any, spec: BlockSpec, variant: str, seed: Tensor | None, *operands: Tensor | None
-    ) -> Tensor:
-        ctx.spec = spec
+    def forward(ctx: Any, call: Call, seed: Tensor | None, *operands: Tensor | None) -> Tensor:
+        ctx.spec = call.spec
         ctx.save_for_backward(seed, *operands)
-        return forward(spec, variant, seed, operands)
+        return forward(call, seed, operands)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         seed, *operands = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[3:]
+        wanted = ctx.needs_input_grad[2:]
         # Autograd turns gradients on inside a backward that is to be differentiated again.
         create_graph = torch.is_grad_enabled()
         each = iter(
             gradients(ctx.spec, seed, grad_out, tuple(operands), wanted, create_graph=create_graph)
         )
-        return (None, None, None, *(next(each) if want else None for want in wanted))
+        return (None, None, *(next(each) if want else None for want in wanted))
 
 
 # ---- calls that something follows ---------------------------------------------------------------
@@ -334,9 +340,9 @@ def block(*arguments: Any) -> Tensor:
     """The block as an operator of PyTorch; deterministic, because its seed is an operand."""
     *operands, seed = arguments[:6]
     options, variant = python_options(arguments[6:-1]), arguments[-1]
-    spec = validated(tuple(operands), options, variant)
-    seed = _checked_seed(spec, seed, operands[0].device)
-    return forward(spec, variant, seed, tuple(operands))
+    call = validated(tuple(operands), options, variant)
+    seed = _checked_seed(call.spec, seed, operands[0].device)
+    return forward(call, seed, tuple(operands))
 
 
 @block.register_fake
@@ -357,7 +363,7 @@ def block_backward(*arguments: Any) -> list[Tensor]:
     """The gradients of `block`'s operands that are `wanted`, contiguous."""
     grad_out, *operands, seed = arguments[:7]
     options, wanted = python_options(arguments[7:-1]), arguments[-1]
-    spec = validated(tuple(operands), options, "auto")
+    spec = validated(tuple(operands), options, "auto").spec
     seed = _checked_seed(spec, seed, operands[0].device)
     with autograd_in_operator():
         each = gradients(spec, seed, grad_out, tuple(operands), wanted, create_graph=False)
@@ -403,22 +409,63 @@ def _checked_seed(spec: BlockSpec, seed: Tensor | None, device: torch.device) ->
     return seed_tensor(seed, device)
 
 
+# ---- transforms of torch.func -------------------------------------------------------------------
+
+
+def transformed(call: Call, variant: str, seed: int | Tensor | None, operands: Operands) -> Tensor:
+    """The block as operators that the transforms can differentiate and batch."""
+    if variant not in ("auto", "torch"):
+        raise ValueError(
+            f"variant={variant!r} cannot run under a transform of torch.func: use "
+            f"variant='auto' (PyTorch with the same mask)"
+        )
+    spec, mask = call.spec, None
+    if spec.draws:
+        drawn = seed_tensor(seed, operands[0].device)
+        mask = keep_mask(drawn, spec.output_shape, spec.dropout_p)
+    return in_pytorch(spec, mask, operands)
+
+
+@torch.library.custom_op("numba_fused::keep_mask", mutates_args=())
+def keep_mask(seed: Tensor, output_shape: Sequence[int], dropout_p: float) -> Tensor:
+    """The dropout mask as an operator, because transforms wrap even the tensors made under them.
+
+    A kernel finds no memory in a wrapped tensor. In the body of an operator they are plain.
+    """
+    return draw_mask(seed, output_shape, dropout_p)
+
+
+@keep_mask.register_fake
+def _(seed: Tensor, output_shape: Sequence[int], dropout_p: float) -> Tensor:
+    return seed.new_empty(output_shape, dtype=torch.bool)
+
+
 # ---- validation ---------------------------------------------------------------------------------
 
 
-def validated(operands: Operands, options: Options, variant: str) -> BlockSpec:
-    """The spec of a call, remembered; warns if its chain is degenerate."""
+def validated(operands: Operands, options: Options, variant: str) -> Call:
+    """A call found valid, remembered; warns if its chain is degenerate."""
     key = call_key(operands, (*options, variant))
-    spec = None if key is None else _specs.get(key)
-    if spec is None:
+    call = None if key is None else _calls.get(key)
+    if call is None:
         spec = specified(operands, options, variant)
-        if len(_specs) >= MOST_CALLS:
-            _specs.clear()
+        call = Call(spec, rung_for(spec, variant, operands[0].device))
+        if len(_calls) >= MOST_CALLS:
+            _calls.clear()
         if key is not None:
-            _specs[key] = spec
-    if spec.constant is not None:
-        warnings.warn(spec.degeneracy, DegenerateChainWarning, stacklevel=3)
-    return spec
+            _calls[key] = call
+    if call.spec.constant is not None:
+        warnings.warn(call.spec.degeneracy, DegenerateChainWarning, stacklevel=3)
+    return call
+
+
+def rung_for(spec: BlockSpec, variant: str, device: torch.device) -> str | None:
+    """The rung that a variant means for tensors of a device."""
+    if variant == "auto":
+        return None if device.type == "cpu" else plan.choose(spec, device)
+    if variant != "torch" and device.type == "cpu":
+        plan.check_simulable(spec, variant)
+    return variant
 
 
 def specified(

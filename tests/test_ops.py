@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 import numba_fused as nf
 from numba_fused import fused_conv_group_norm_min_clamp_dropout as fused
 from numba_fused import ops
+from numba_fused.ladder.rung_0_torch import draw_mask
 
 OPERANDS = random_operands((2, 4, 5, 9), (4, 2, 2, 3))
 CALL: dict[str, Any] = {
@@ -321,6 +322,42 @@ def test_transforms_are_the_references() -> None:
     batched = vmap(lambda x: call(x, *OPERANDS[1:], seed=3))(xs)
     for x, out in zip(xs, batched, strict=True):
         torch.testing.assert_close(out, call(x, *OPERANDS[1:], seed=3))
+
+
+def test_masks_are_drawn_of_plain_tensors_under_transforms(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A kernel finds no memory in a wrapped tensor, nor in one that is made under a transform."""
+    addresses: list[int] = []
+
+    def drawn(seed: Tensor, *arguments: Any) -> Tensor:
+        addresses.extend((seed.data_ptr(), torch.empty(1).data_ptr()))
+        return draw_mask(seed, *arguments)
+
+    monkeypatch.setattr(ops, "draw_mask", drawn)
+    x, *others = OPERANDS
+
+    def total(x: Tensor, seed: Any) -> Tensor:
+        return call(x, *others, seed=seed).sum()
+
+    for seed in (None, 3, torch.tensor(3)):
+        grad(total)(x, seed)
+        grad(lambda x, seed=seed: grad(total)(x, seed).sum())(x)
+        jvp(lambda x, seed=seed: total(x, seed), (x,), (x,))
+        vmap(lambda x, seed=seed: total(x, seed), randomness="same")(x[None])
+    assert all(addresses)
+    assert len(addresses) == 2 * 3 * 4
+
+
+def test_seeds_may_be_batched() -> None:
+    seeds = torch.arange(3)
+    batched = vmap(lambda seed: call(*OPERANDS, seed=seed))(seeds)
+    for seed, out in zip(seeds, batched, strict=True):
+        torch.testing.assert_close(out, call(*OPERANDS, seed=seed))
+
+
+def test_opcheck_of_the_mask() -> None:
+    torch.library.opcheck(ops.keep_mask, (torch.tensor([3]), (2, 3, 4, 5), 0.5))
 
 
 def test_a_rung_by_name_cannot_be_transformed() -> None:

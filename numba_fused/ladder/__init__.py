@@ -6,7 +6,6 @@ to `_MODULES` appears in all of them.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -28,14 +27,8 @@ from numba_fused.ladder import (
     rung_10_library_conv,
     rung_11_algebra,
 )
-from numba_fused.ladder.rung import (
-    LaunchArguments,
-    Ledger,
-    Operands,
-    Rung,
-    gpu_launcher,
-    once,
-)
+from numba_fused.ladder.replay import Repeated
+from numba_fused.ladder.rung import Ledger, Operands, Rung, gpu_launcher
 from numba_fused.reference import seed_tensor
 from numba_fused.spec import BlockSpec, check_threads_per_block
 
@@ -178,33 +171,55 @@ def run(
     ValueError
         Unknown rung, a shape or a GPU it cannot run on, or a bad `threads_per_block`.
     """
-    rung = get(name)
-    check_threads_per_block(threads_per_block)
-    reason = rung.obstacle(spec, capability(x.device)) if x.is_cuda else rung.limit(spec)
-    if reason is not None:
-        raise ValueError(f"variant {name!r} cannot run this shape: {reason}")
-    arguments = once(LaunchArguments, spec)
+    bound = _bound.get((name, id(spec), x.device, threads_per_block))
+    if bound is None:
+        bound = bind(name, spec, x.device, threads_per_block)
     if out is None:
-        out = torch.empty(arguments.output_shape, dtype=x.dtype, device=x.device)
-    if arguments.empty:
+        out = x.new_empty(bound.output_shape)  # faster than to name dtype and device
+    if bound.empty:
         return out
-    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():  # the former takes 2 us
-        operands = Operands(
-            spec=spec,
-            x=x.ravel(),
-            weight=weight.ravel(),
-            bias=channel_vector(bias, 0.0, weight),
-            gamma=channel_vector(gamma, 1.0, weight),
-            beta=channel_vector(beta, 0.0, weight),
-            # Nothing is drawn from torch's generator unless the mask is.
-            seed=seed_tensor(seed, x.device)
-            if spec.draws
-            else _neutral(0, 1, torch.int64, x.device),
-            out=out.view(-1),
-            threads_per_block=threads_per_block,
-        )
-        rung.forward(launcher_for(x.device, simulator), operands)
+    bias = channel_vector(bias, 0.0, weight)
+    gamma = channel_vector(gamma, 1.0, weight)
+    beta = channel_vector(beta, 0.0, weight)
+    # Nothing is drawn from torch's generator unless the mask is.
+    drawn = seed_tensor(seed, x.device) if bound.draws else _neutral(0, 1, torch.int64, x.device)
+    launch = launcher_for(x.device, simulator)
+    bound.forward(launch, (x, weight, bias, gamma, beta, drawn, out))
     return out
+
+
+class Bound:
+    """A rung that can run a spec on a device, and what of a call depends on those alone."""
+
+    def __init__(
+        self, name: str, spec: BlockSpec, device: torch.device, threads_per_block: int
+    ) -> None:
+        rung = get(name)
+        check_threads_per_block(threads_per_block)
+        on_gpu = device.type == "cuda"
+        reason = rung.obstacle(spec, capability(device)) if on_gpu else rung.limit(spec)
+        if reason is not None:
+            raise ValueError(f"variant {name!r} cannot run this shape: {reason}")
+        self.spec = spec
+        self.output_shape = spec.output_shape
+        self.empty = spec.batch == 0
+        self.draws = spec.draws
+        self.forward = Repeated(rung, spec, threads_per_block)
+
+
+# By the spec's id, which is faster than its hash, and to which 0.0 and -0.0 are different bounds;
+# the entry refers to the spec, so no other object can come to have its id.
+_bound: dict[tuple[str, int, torch.device, int], Bound] = {}
+MOST_BOUND = 1024
+
+
+def bind(name: str, spec: BlockSpec, device: torch.device, threads_per_block: int) -> Bound:
+    """Check that a rung can run, and remember it."""
+    bound = Bound(name, spec, device, threads_per_block)
+    if len(_bound) >= MOST_BOUND:
+        _bound.clear()
+    _bound[name, id(spec), device, threads_per_block] = bound
+    return bound
 
 
 def channel_vector(values: Tensor | None, default: float, weight: Tensor) -> Tensor:

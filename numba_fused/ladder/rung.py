@@ -95,9 +95,7 @@ class LaunchArguments:
 
     def __init__(self, spec: BlockSpec) -> None:
         self.spec = spec
-        self.output_shape = spec.output_shape
         self.output_size = spec.volume(spec.output_shape)[2:]
-        self.empty = spec.batch == 0
         self.group_count = spec.batch * spec.num_groups
         self.sample_size = spec.group_size * spec.num_groups
         self.real = np.float64 if spec.dtype == "float64" else np.float32

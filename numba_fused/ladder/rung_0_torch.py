@@ -11,6 +11,7 @@ one byte per element besides.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,9 +37,16 @@ def dropout_mask(spec: BlockSpec, seed: Tensor | None) -> Tensor | None:
     """The kernels' own mask as a bool tensor beside `seed`; None when nothing is drawn."""
     if seed is None or not spec.draws:
         return None
+    return draw_mask(seed, spec.output_shape, spec.dropout_p)
+
+
+def draw_mask(seed: Tensor, output_shape: Sequence[int], dropout_p: float) -> Tensor:
+    """The mask of a drawing spec."""
     if seed.device.type == "cpu":
-        return torch.from_numpy(rng.keep_mask(int(seed), spec.output_shape, spec.dropout_p))
-    keep = torch.empty(spec.output_shape, dtype=torch.bool, device=seed.device)
+        return torch.from_numpy(rng.keep_mask(int(seed), output_shape, dropout_p))
+    keep = torch.empty(output_shape, dtype=torch.bool, device=seed.device)
+    if not keep.numel():
+        return keep  # a launch needs a block
     threads = 256
     gpu_launcher(seed.device)(
         rng.keep_mask_kernel,
@@ -46,8 +54,8 @@ def dropout_mask(spec: BlockSpec, seed: Tensor | None) -> Tensor | None:
         threads,
         keep.view(-1).view(torch.uint8),
         seed,
-        spec.output_shape[-1],
-        spec.drop_threshold,
+        output_shape[-1],
+        round(dropout_p * 2**32),
     )
     return keep
 
