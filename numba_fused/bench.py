@@ -15,12 +15,18 @@ PyTorch's default, which admits it.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import fcntl
+import functools
 import math
+import os
 import re
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -28,11 +34,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from numba_fused import ladder, ops, plan, results
+from numba_fused import ladder, ops, plan, results, rng
 from numba_fused.reference import chain, convolution_precision
 from numba_fused.results import AUTO, COMPILED, EAGER, Row, variants
 from numba_fused.spec import BlockSpec
-from numba_fused.verify import Tensors, Yardstick, mask_of, poisoned, relative_error, yardstick
+from numba_fused.verify import Tensors, Yardstick, poisoned, relative_error, yardstick
 
 # Never degenerate: cap is above min_value.
 CHAIN = {"min_value": -1.0, "max_value": 1.0, "cap": 0.5, "dropout_p": 0.2, "training": True}
@@ -49,34 +55,155 @@ Call: TypeAlias = Callable[[int], Tensor]
 # ---- cases ------------------------------------------------------------------------------------
 
 
-def _case(x: tuple[int, ...], weight: tuple[int, ...], num_groups: int, **rest: int) -> Row:
-    return {"x": x, "weight": weight, "num_groups": num_groups, **rest}
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One call to time, by the parameters that a case's name or a sweep may change.
+
+    Sizes are ints, or tuples with an int for each spatial axis, as the public function takes them.
+    """
+
+    batch: int
+    in_channels: int
+    input_size: tuple[int, ...]
+    out_channels: int
+    kernel_size: int | tuple[int, ...] = 3
+    num_groups: int = 8
+    stride: int | tuple[int, ...] = 1
+    padding: int | str | tuple[int, ...] = 0
+    dilation: int | tuple[int, ...] = 1
+    groups: int = 1
+    dropout_p: float = CHAIN["dropout_p"]
+    min_value: float = CHAIN["min_value"]
+    max_value: float = CHAIN["max_value"]
+    cap: float = CHAIN["cap"]
+    dtype: str = "float32"
+
+    @property
+    def plane(self) -> int | None:
+        """Size of the last two axes where they are equal, of the only one of a 1-D case."""
+        sizes = set(self.input_size[-2:])
+        return sizes.pop() if len(sizes) == 1 else None
+
+    @property
+    def x_shape(self) -> tuple[int, ...]:
+        """(N, C, *input_size)."""
+        return (self.batch, self.in_channels, *self.input_size)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(K, C // groups, *kernel_size); that the groups divide C is for the spec to check."""
+        kernel = self.kernel_size
+        if isinstance(kernel, int):
+            kernel = (kernel,) * len(self.input_size)
+        return (self.out_channels, self.in_channels // max(1, self.groups), *kernel)
+
+    def keywords(self, precision: str = "ieee") -> dict[str, Any]:
+        """The keywords of the public function; the shapes and the dtype are those of x."""
+        names = ("num_groups", "stride", "padding", "dilation", "groups", *BOUNDS, "dropout_p")
+        return {name: getattr(self, name) for name in names} | {
+            "training": CHAIN["training"],
+            "precision": precision,
+        }
+
+    def spec(self, precision: str = "ieee") -> BlockSpec:
+        """The validated call; raises what `BlockSpec.from_arguments` raises."""
+        return BlockSpec.from_arguments(
+            self.x_shape, self.weight_shape, dtype=self.dtype, **self.keywords(precision)
+        )
+
+    def vary(self, **changes: Any) -> Case:
+        """The case with other parameters; ``plane`` sets the last two axes of `input_size`.
+
+        Values may be text: ``"3"``, ``"3x1x1"``, ``"same"``, ``"0.5"``.
+
+        Raises
+        ------
+        ValueError
+            There is no such parameter, or it takes another kind of value.
+        """
+        values = {name: _parameter(name, value) for name, value in changes.items()}
+        if plane := values.pop("plane", None):
+            size = self.input_size
+            values["input_size"] = (*size[:-2], *(plane,) * len(size[-2:]))
+        return replace(self, **values)
 
 
-def _kb83(batch: int, plane: int = 64) -> Row:
+BOUNDS = ("min_value", "max_value", "cap")
+# What a name or a sweep may set, in the order in which names spell it.
+PARAMETERS = ("plane", *(parameter.name for parameter in dataclasses.fields(Case)))
+SIZES = ("kernel_size", "stride", "padding", "dilation", "input_size")
+
+
+def _kb83(batch: int, plane: int = 64) -> Case:
     """KernelBench level 2, problem 83; its older version has a plane of 32 x 32."""
-    return _case((batch, 3, 16, plane, plane), (16, 3, 3, 3, 3), 8)
+    return Case(batch=batch, in_channels=3, input_size=(16, plane, plane), out_channels=16)
 
 
-# Named by dimension, channels in and out, and what else is special; batches are in x.
-CASES: dict[str, Row] = {
+def _wide(batch: int, in_channels: int, out_channels: int, *size: int, **rest: Any) -> Case:
+    return Case(
+        batch=batch,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        input_size=size,
+        **{"padding": 1, **rest},
+    )
+
+
+# Named by dimension, channels in and out, and what else is special.
+CASES: dict[str, Case] = {
     "kb83": _kb83(128),
     "kb83-v0": _kb83(128, 32),
     "kb83-b16": _kb83(16),
     "kb83-b1": _kb83(1),
-    "3d-8-16": _case((16, 8, 32, 64, 64), (16, 8, 3, 3, 3), 4, padding=1),
-    "3d-16-32": _case((8, 16, 32, 64, 64), (32, 16, 3, 3, 3), 8, padding=1),
-    "3d-32-64": _case((4, 32, 32, 64, 64), (64, 32, 3, 3, 3), 8, padding=1),
-    "3d-64-128": _case((4, 64, 16, 32, 32), (128, 64, 3, 3, 3), 16, padding=1),
-    "3d-32-64-s2": _case((4, 32, 32, 64, 64), (64, 32, 3, 3, 3), 8, padding=1, stride=2),
-    "3d-32-64-k1": _case((8, 32, 32, 64, 64), (64, 32, 1, 1, 1), 8),
-    "3d-3-16-k5": _case((16, 3, 16, 64, 64), (16, 3, 5, 5, 5), 8, padding=2),
-    "3d-32-depthwise": _case((8, 32, 32, 64, 64), (32, 1, 3, 3, 3), 8, padding=1, groups=32),
-    "2d-3-64": _case((64, 3, 224, 224), (64, 3, 3, 3), 8, padding=1),
-    "2d-64-64": _case((32, 64, 112, 112), (64, 64, 3, 3), 8, padding=1),
-    "2d-256-256": _case((32, 256, 28, 28), (256, 256, 3, 3), 32, padding=1),
+    "3d-8-16": _wide(16, 8, 16, 32, 64, 64, num_groups=4),
+    "3d-16-32": _wide(8, 16, 32, 32, 64, 64),
+    "3d-32-64": _wide(4, 32, 64, 32, 64, 64),
+    "3d-64-128": _wide(4, 64, 128, 16, 32, 32, num_groups=16),
+    "3d-32-64-s2": _wide(4, 32, 64, 32, 64, 64, stride=2),
+    "3d-32-64-k1": _wide(8, 32, 64, 32, 64, 64, kernel_size=1, padding=0),
+    "3d-3-16-k5": _wide(16, 3, 16, 16, 64, 64, kernel_size=5, padding=2),
+    "3d-32-depthwise": _wide(8, 32, 32, 32, 64, 64, groups=32),
+    "2d-3-64": _wide(64, 3, 64, 224, 224),
+    "2d-64-64": _wide(32, 64, 64, 112, 112),
+    "2d-256-256": _wide(32, 256, 256, 28, 28, num_groups=32),
 }
-BATCH_CASE = re.compile(r"kb83-b([1-9]\d*)")  # the benchmark case with any batch
+# A case with another batch, and perhaps with other parameters: kb83-b16,plane=32,dropout_p=0
+NAME = re.compile(r"(?P<root>[^,]+?)(?:-b(?P<batch>[1-9]\d*))?(?:,(?P<changes>.+))?")
+
+
+def case(name: str) -> Case:
+    """The case that a name stands for: ``ROOT[-bN][,parameter=value]...``, ROOT one of `CASES`.
+
+    Raises
+    ------
+    ValueError
+        No case has that name; the message names those there are. Or a parameter does not exist.
+    """
+    root, batch, changes = _parts(name)
+    found = CASES[root] if batch is None else CASES[root].vary(batch=batch)
+    pairs = (change.partition("=") for change in changes.split(",") if change)
+    return found.vary(**{parameter: value for parameter, _, value in pairs})
+
+
+def case_name(base: str, **changes: Any) -> str:
+    """The name of the case `base` with other parameters: one spelling for one set of them.
+
+    Raises
+    ------
+    ValueError
+        As `case` and `Case.vary`.
+    """
+    root = _parts(base)[0]
+    start, wanted = CASES[root], case(base).vary(**changes)
+    name = root if wanted.batch == start.batch else f"{root}-b{wanted.batch}"
+    start = start.vary(batch=wanted.batch)
+    moved = start.vary(plane=wanted.plane or start.plane)
+    if moved.input_size == wanted.input_size != start.input_size:
+        name, start = f"{name},plane={wanted.plane}", moved
+    for parameter in PARAMETERS[1:]:
+        if (value := getattr(wanted, parameter)) != getattr(start, parameter):
+            name += f",{parameter}={_text(value)}"
+    return name
 
 
 def case_names(chosen: Sequence[str]) -> list[str]:
@@ -89,36 +216,11 @@ def case_names(chosen: Sequence[str]) -> list[str]:
     """
     wanted = [name for choice in chosen for name in (CASES if choice == "all" else [choice])]
     for name in wanted:
-        _case_parameters(name)
+        case(name)
     return list(dict.fromkeys(wanted))
 
 
-def _case_parameters(name: str) -> Row:
-    if batch := BATCH_CASE.fullmatch(name):
-        return _kb83(int(batch[1]))
-    if name not in CASES:
-        raise ValueError(
-            f"unknown case {name!r}: use one of {', '.join(CASES)}, or kb83-bN for a batch of N"
-        )
-    return dict(CASES[name])
-
-
-def case_arguments(
-    name: str, precision: str = "ieee"
-) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]:
-    """Shapes of x and weight, and the keywords of the public function, of a named case.
-
-    Raises
-    ------
-    ValueError
-        No case has that name.
-    """
-    parameters = _case_parameters(name)
-    x, weight = parameters.pop("x"), parameters.pop("weight")
-    return x, weight, {**CHAIN, **parameters, "precision": precision}
-
-
-def case_spec(name: str, dtype: str = "float32", precision: str = "ieee") -> BlockSpec:
+def case_spec(name: str, precision: str = "ieee") -> BlockSpec:
     """The spec of a named case.
 
     Raises
@@ -126,8 +228,50 @@ def case_spec(name: str, dtype: str = "float32", precision: str = "ieee") -> Blo
     ValueError
         No case has that name; the message names those there are.
     """
-    x, weight, keywords = case_arguments(name, precision)
-    return BlockSpec.from_arguments(x, weight, dtype=dtype, **keywords)
+    return case(name).spec(precision)
+
+
+def _parts(name: str) -> tuple[str, str | None, str]:
+    """Root, batch if the name has one, and what it changes."""
+    found = NAME.fullmatch(name)
+    if found is None or found["root"] not in CASES:
+        raise ValueError(
+            f"unknown case {name!r}: use one of {', '.join(CASES)}, or kb83-bN for a batch of N, "
+            f"or kb83,plane=32,dropout_p=0 for other parameters"
+        )
+    return found["root"], found["batch"], found["changes"] or ""
+
+
+def _parameter(name: str, value: Any) -> Any:
+    """A parameter's value from what a name or a sweep says."""
+    if name not in PARAMETERS:
+        raise ValueError(
+            f"unknown parameter {name!r} of a case: use one of {', '.join(PARAMETERS)}"
+        )
+    if name == "dtype" or (name == "padding" and value in ("same", "valid")):
+        return str(value)
+    try:
+        if name in (*BOUNDS, "dropout_p"):
+            return float(value)
+        if name not in SIZES:
+            return _whole(value)
+        sizes = value.split("x") if isinstance(value, str) else value
+        sizes = tuple(map(_whole, sizes if isinstance(sizes, Sequence) else [sizes]))
+    except (TypeError, ValueError):
+        form = "ints joined by x" if name in SIZES else "one number"
+        raise ValueError(f"parameter {name} of a case takes {form}, but got {value!r}") from None
+    # One spelling each: a size that is the same along every axis is an int.
+    return sizes[0] if len(set(sizes)) == 1 and name != "input_size" else sizes
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, (bool, float)):
+        raise TypeError
+    return int(value)
+
+
+def _text(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
 
 
 # ---- rows -------------------------------------------------------------------------------------
@@ -136,7 +280,7 @@ def case_spec(name: str, dtype: str = "float32", precision: str = "ieee") -> Blo
 def run(
     name: str,
     chosen: Sequence[str] | None = None,
-    threads_per_block: int = 256,
+    threads_per_block: int = ladder.DEFAULT_THREADS_PER_BLOCK,
     precision: str = "ieee",
 ) -> Iterator[Row]:
     """Measure variants of a benchmark case on the current GPU.
@@ -144,7 +288,7 @@ def run(
     Parameters
     ----------
     name : str
-        One of `CASES`, or ``kb83-bN`` for the benchmark case with batch N.
+        As `case` takes it.
     chosen : sequence of str, optional
         Of `results.variants`; all by default.
     threads_per_block : int
@@ -166,29 +310,104 @@ def run(
         Unknown case or variant.
     """
     check_usage(name, chosen, precision)
-    spec = case_spec(name, precision=precision)
-    shared = case_row(name, spec) | results.provenance()
-    with _cudnn_benchmark():
-        workload, failure = None, {}
+    bench = Bench()
+    for variant in chosen or variants():
+        yield bench.row(name, variant, threads_per_block, precision)
+
+
+@dataclass
+class Bench:
+    """Measures one row after another; those of one case and precision share its workload.
+
+    Attributes
+    ----------
+    lost_to : str
+        The variant that lost the GPU for this process; empty as long as none has.
+    """
+
+    lost_to: str = ""
+    _set_up: tuple[str, str] | None = None
+    _shared: Row = field(default_factory=dict)
+    _workload: Workload | None = None
+    _failure: Row = field(default_factory=dict)
+
+    def row(
+        self,
+        name: str,
+        variant: str,
+        threads_per_block: int = ladder.DEFAULT_THREADS_PER_BLOCK,
+        precision: str = "ieee",
+    ) -> Row:
+        """The row of one variant, whatever becomes of it; its seconds include a case's set-up."""
+        began = time.perf_counter()
+        row: Row = {"variant": variant}
+        if takes_threads_per_block(variant):
+            row["threads_per_block"] = threads_per_block
+        with gpu_to_itself(), _cudnn_benchmark():
+            if self._set_up != (name, precision):
+                self._prepare(name, precision)
+            work = self._workload
+            row |= measure(work, variant, threads_per_block) if work else self._failure
+            if work and _gpu_is_lost():
+                self.lost_to = variant
+                self._workload, self._failure = None, _failed(f"the GPU was lost to {variant}")
+        seconds = round(time.perf_counter() - began, 3)
+        return self._shared | row | {"seconds": seconds, "utc": results.now()}
+
+    def _prepare(self, name: str, precision: str) -> None:
+        # The last case's tensors are gone before the next one's are made.
+        self._set_up, self._workload, self._failure = (name, precision), None, {}
+        spec = case_spec(name, precision)
+        self._shared = case_row(name, spec) | self._provenance
         try:
-            workload = Workload.build(name, spec)
-            shared |= workload.row()
+            self._workload = Workload.build(name, spec)
+            self._shared |= self._workload.row()
         except Exception as problem:  # every variant has its row, come what may
-            failure = _failed(f"the case could not be set up: {_reason(problem)}")
-        for variant in chosen or variants():
-            row = measure(workload, variant, threads_per_block) if workload else failure
-            yield shared | {"variant": variant} | row | {"utc": results.now()}
-            if workload and _gpu_is_lost():
-                workload, failure = None, _failed(f"the GPU was lost to {variant}")
+            self._failure = _failed(f"the case could not be set up: {one_line(problem)}")
+
+    @functools.cached_property
+    def _provenance(self) -> Row:
+        return results.provenance()
+
+
+def takes_threads_per_block(variant: str) -> bool:
+    """Whether `threads_per_block` is an axis of the variant: ``auto`` chooses it by itself."""
+    return variant not in (COMPILED, AUTO) and ladder.get(variant).takes_threads_per_block
+
+
+@contextlib.contextmanager
+def gpu_to_itself() -> Iterator[None]:
+    """Wait until no other process or thread of this user times anything on the current GPU.
+
+    The operating system lets go of the lock when its holder ends, however that comes about.
+    """
+    name = f"numba_fused-{os.getuid()}-{results.gpu_uuid() or 'no-gpu'}.lock"
+    with (Path(tempfile.gettempdir()) / name).open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
 
 
 def check_usage(name: str, chosen: Sequence[str] | None = None, precision: str = "ieee") -> None:
     """Raise what `run` would raise, before anything is built."""
-    case_spec(name, precision=precision)
+    case_spec(name, precision)
     for variant in chosen or ():
         check_variant(variant)
+    check_gpu()
+
+
+def check_gpu() -> None:
+    """Raise `RuntimeError` unless there is a GPU to time on."""
     if not torch.cuda.is_available():
         raise RuntimeError("timing needs a CUDA GPU and a torch built for it: see numba-fused env")
+
+
+def check_backward(backward: bool) -> None:
+    """Raise `ValueError` where the backward pass is asked for, which nothing here times."""
+    if backward:
+        raise ValueError(
+            "backward=True cannot be timed: bench measures the forward pass alone; use "
+            "backward: [false]"
+        )
 
 
 def check_variant(variant: str) -> None:
@@ -201,10 +420,16 @@ def case_row(name: str, spec: BlockSpec) -> Row:
     """The columns that follow from the case alone."""
     return {
         "case": name,
-        "x_shape": "x".join(map(str, spec.x_shape)),
-        "weight_shape": "x".join(map(str, spec.weight_shape)),
+        "x_shape": _text(spec.x_shape),
+        "weight_shape": _text(spec.weight_shape),
+        "stride": _text(spec.stride),
+        "padding": "x".join(f"{a}" if a == b else f"{a}:{b}" for a, b in spec.padding),
+        "dilation": _text(spec.dilation),
+        "groups": spec.groups,
         "num_groups": spec.num_groups,
+        **{name: getattr(spec, name) for name in BOUNDS},
         "dropout_p": spec.dropout_p if spec.draws else 0.0,
+        "backward": False,
         "dtype": spec.dtype,
         "precision": spec.precision,
         "compulsory_bytes": spec.compulsory_bytes,
@@ -227,10 +452,12 @@ class Workload:
     @classmethod
     def build(cls, name: str, spec: BlockSpec) -> Workload:
         """Draw the inputs and compute the fp64 answers on the current GPU."""
-        l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
-        sets = max(MIN_SETS, math.ceil(2 * l2_bytes / spec.compulsory_bytes) + 1)
+        sets = input_sets(spec, torch.cuda.get_device_properties(0).L2_cache_size)
         inputs = [random_inputs(spec, index) for index in range(sets)]
-        keep_mask = mask_of(spec, DROPOUT_SEED, "cuda")
+        keep_mask = None
+        if spec.draws:
+            mask = keep_mask_on_host(DROPOUT_SEED, spec.output_shape, spec.dropout_p)
+            keep_mask = torch.from_numpy(mask).to("cuda")
         return cls(
             name=name,
             spec=spec,
@@ -260,6 +487,15 @@ class Workload:
         return 1e3 * self.spec.compulsory_bytes / self.copy_bytes_per_second
 
 
+# Drawn on the host, 5 s for the benchmark case; cases of one output shape share it.
+keep_mask_on_host = functools.lru_cache(maxsize=1)(rng.keep_mask)
+
+
+def input_sets(spec: BlockSpec, l2_bytes: int) -> int:
+    """How many sets of inputs and outputs together exceed twice the L2 cache."""
+    return max(MIN_SETS, math.ceil(2 * l2_bytes / spec.compulsory_bytes) + 1)
+
+
 def random_inputs(spec: BlockSpec, index: int) -> Tensors:
     """Set `index` of a case's inputs, on the current GPU."""
     generator = torch.Generator("cuda").manual_seed(index)
@@ -282,7 +518,11 @@ def random_inputs(spec: BlockSpec, index: int) -> Tensors:
 # ---- variants ---------------------------------------------------------------------------------
 
 
-def measure(workload: Workload, variant: str, threads_per_block: int = 256) -> Row:
+def measure(
+    workload: Workload,
+    variant: str,
+    threads_per_block: int = ladder.DEFAULT_THREADS_PER_BLOCK,
+) -> Row:
     """The columns that depend on the variant."""
     row: Row = {"status": "ok"}
     try:
@@ -301,7 +541,7 @@ def measure(workload: Workload, variant: str, threads_per_block: int = 256) -> R
             return row | _measure_baseline(workload, compiled=False)
         return row | _measure_rung(workload, variant, rung.name, threads_per_block)
     except Exception as problem:  # a crash is a row with its reason, not a hole
-        return row | _failed(_reason(problem))
+        return row | _failed(one_line(problem))
     finally:
         with contextlib.suppress(RuntimeError):  # of a GPU that is lost
             torch.cuda.empty_cache()
@@ -314,7 +554,7 @@ def resolve(variant: str, spec: BlockSpec) -> str:
 
 def _measure_rung(workload: Workload, variant: str, rung: str, threads_per_block: int) -> Row:
     spec, (first, last) = workload.spec, workload.yardsticks
-    keywords = case_arguments(workload.name, spec.precision)[2]
+    keywords = case(workload.name).keywords(spec.precision)
 
     def call(index: int) -> Tensor:
         return ladder.run(
@@ -433,7 +673,7 @@ def _failed(reason: str) -> Row:
     return {"status": "failed", "reason": reason}
 
 
-def _reason(problem: Exception) -> str:
+def one_line(problem: Exception) -> str:
     """What went wrong, in one line that a table can hold."""
     if isinstance(problem, torch.OutOfMemoryError):
         return f"out of memory: {' '.join(str(problem).split('. ')[:2])}"

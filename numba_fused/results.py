@@ -2,13 +2,15 @@
 
 A row is a flat dict with the keys of `COLUMNS`; a file of rows is CSV, or parquet if its name ends
 in ``.parquet``. A case that failed or could not run is a row too, with its reason. What follows
-from other columns (rates, ratios) is not stored.
+from other columns (rates, ratios) is not stored. Two rows measure the same thing if their `Key` is
+the same; where they do, the newer one counts.
 """
 
 from __future__ import annotations
 
 import datetime
 import functools
+import io
 import os
 import platform
 import statistics
@@ -17,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import pandas as pd
 
@@ -35,8 +37,16 @@ COLUMNS = {
     "reason": "why it failed or was skipped",
     "x_shape": "N x C x spatial",
     "weight_shape": "K x C/groups x kernel",
+    "stride": "by spatial axis",
+    "padding": "zeros at either end of each spatial axis; a:b where the ends differ",
+    "dilation": "by spatial axis",
+    "groups": "groups of the convolution",
     "num_groups": "groups of the normalisation",
+    "min_value": "lower bound of the clamp",
+    "max_value": "upper bound of the clamp",
+    "cap": "what min takes the minimum with",
     "dropout_p": "probability of a drop; 0 when not training",
+    "backward": "whether the time is that of forward and backward pass together",
     "dtype": "float32 or float64",
     "precision": "ieee (no TF32, in PyTorch neither) or tf32 (PyTorch's default for convolutions)",
     "threads_per_block": "launch configuration; empty where the variant has its own",
@@ -56,6 +66,7 @@ COLUMNS = {
     "error": "relative L2 error against fp64, worst of before and after timing",
     "torch_error": "PyTorch's own error in the same dtype and precision, on the same inputs",
     "error_bound": "largest error that passes",
+    "seconds": "wall time of measuring this row: compiling, checks and its case's set-up included",
     "gpu": "name of the GPU",
     "driver": "NVIDIA driver",
     "cuda": "CUDA version torch was built for",
@@ -67,6 +78,36 @@ COLUMNS = {
     "commit": "git commit of the package; -dirty if its sources differ from it",
     "utc": "when it was measured",
 }
+# Files written before these columns were have them empty.
+ADDED = {
+    *("stride", "padding", "dilation", "groups", "min_value", "max_value", "cap"),
+    *("backward", "seconds"),
+}
+# What pandas must not take for numbers, even where all of a file's values look like them.
+TEXT = ("reason", "runs", "x_shape", "weight_shape", "stride", "padding", "dilation", "cuda")
+
+
+class Key(NamedTuple):
+    """What a row measures: rows of one GPU with the same key are repetitions."""
+
+    case: str
+    variant: str
+    precision: str
+    threads_per_block: int | None
+    backward: bool
+
+
+def key(row: Mapping[str, Any]) -> Key:
+    """The key of a row: launch configurations that the variant chose itself are no part of it."""
+    threads = None if row["variant"] == AUTO else row.get("threads_per_block")
+    backward = row.get("backward")
+    return Key(
+        case=row["case"],
+        variant=row["variant"],
+        precision=row["precision"],
+        threads_per_block=None if threads is None or pd.isna(threads) else int(threads),
+        backward=False if backward is None or pd.isna(backward) else bool(backward),
+    )
 
 
 def variants() -> list[str]:
@@ -104,6 +145,14 @@ def gpu_name() -> str:
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
+@functools.cache
+def gpu_uuid() -> str:
+    """What tells the current GPU from all others; empty without one."""
+    import torch
+
+    return str(torch.cuda.get_device_properties(0).uuid) if torch.cuda.is_available() else ""
 
 
 def version(distribution: str) -> str:
@@ -166,7 +215,30 @@ def append(rows: Iterable[Mapping[str, Any]], path: str | Path) -> None:
     if is_parquet(path):
         _append_parquet(frame, path)
     else:
-        frame.to_csv(path, mode="a", header=not path.exists(), index=False)
+        _append_csv(frame, path)
+
+
+def _append_csv(frame: pd.DataFrame, path: Path) -> None:
+    """Add lines that are on the disk when this returns, whatever becomes of the machine then."""
+    if path.exists():
+        _mend(path)
+    with path.open("a", newline="") as file:
+        frame.to_csv(file, header=file.tell() == 0, index=False)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _mend(path: Path) -> None:
+    """Cut off the line that a crash left unfinished; give rows of before `ADDED` its columns."""
+    text = path.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if len(whole) < len(text):
+        os.truncate(path, len(whole))
+    header = whole.partition(b"\n")[0].decode().strip()
+    if header and header != ",".join(COLUMNS):
+        beside = path.with_name(f"{path.name}.new")
+        read(path).to_csv(beside, index=False)
+        beside.replace(path)
 
 
 def check_file(path: Path) -> None:
@@ -194,19 +266,26 @@ def read(path: str | Path) -> pd.DataFrame:
         _need_pyarrow()
         frame = pd.read_parquet(path)
     else:
-        frame = pd.read_csv(
-            path,
-            keep_default_na=False,
-            na_values=[""],
-            dtype={"reason": "string", "runs": "string"},
-        )
-    if list(frame.columns) != list(COLUMNS):
-        missing = sorted(set(COLUMNS) ^ set(frame.columns))
+        frame = _read_csv(path)
+    if differing := sorted((set(COLUMNS) ^ set(frame.columns)) - ADDED):
         raise ValueError(
-            f"{path} was written with other columns (differing: {', '.join(missing)}): move it "
+            f"{path} was written with other columns (differing: {', '.join(differing)}): move it "
             f"away or write to another file"
         )
-    return frame
+    return frame.reindex(columns=list(COLUMNS))
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]  # a line without an end was being written at a crash
+    if not whole:
+        return pd.DataFrame(columns=list(COLUMNS))
+    return pd.read_csv(
+        io.StringIO(whole),
+        keep_default_na=False,
+        na_values=[""],
+        dtype=dict.fromkeys(TEXT, "string"),
+    )
 
 
 def is_parquet(path: Path) -> bool:

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -105,6 +106,35 @@ def test_row_with_an_unknown_column_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such columns: speed"):
         results.append([row("torch", 1.0, speed=9)], tmp_path / "rows.csv")
     assert not (tmp_path / "rows.csv").exists()
+
+
+def test_file_of_before_a_column_was_added_is_read_and_grows(tmp_path: Path) -> None:
+    path, old = tmp_path / "rows.csv", ROOT / results.LADDER
+    before = [name for name in results.COLUMNS if name not in results.ADDED]
+    pd.read_csv(old, dtype=str)[before].to_csv(path, index=False)
+    count = len(results.read(path))
+    results.append([row("auto", 1.0, seconds=2.5, stride="1x1x1", padding="1")], path)
+    frame = results.read(path)
+    assert list(frame.columns) == list(results.COLUMNS)
+    assert len(frame) == count + 1
+    last = frame.iloc[-1]
+    assert (last["variant"], last["seconds"], last["padding"]) == ("auto", 2.5, "1")
+    assert list(frame["seconds"].isna()) == [True] * count + [False]
+    keys = set(map(results.key, frame.to_dict("records")))
+    assert ("kb83", "auto", "ieee", None, False) in keys
+    assert ("kb83-b16", "one_kernel", "ieee", 256, False) in keys
+
+
+@pytest.mark.parametrize("left", [1, 40])
+def test_line_that_a_crash_cut_short_is_no_row(tmp_path: Path, left: int) -> None:
+    path = tmp_path / "rows.csv"
+    results.append(ROWS[:3], path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-left])
+    assert list(results.read(path)["variant"]) == ["torch", "torch.compile"]
+    results.append(ROWS[2:], path)
+    assert path.read_bytes().startswith(whole)
+    assert list(results.read(path)["variant"]) == [r["variant"] for r in ROWS]
 
 
 def test_file_of_another_layout_is_left_alone(tmp_path: Path) -> None:
@@ -290,11 +320,46 @@ def test_there_are_fifteen_cases_and_every_batch_of_the_first() -> None:
 
 
 def test_public_arguments_of_a_case_give_its_spec() -> None:
-    x, weight, keywords = bench.case_arguments("3d-32-64-s2", "tf32")
-    assert bench.case_spec("3d-32-64-s2", precision="tf32") == bench.BlockSpec.from_arguments(
-        x, weight, **keywords
+    case = bench.case("3d-32-64-s2")
+    assert bench.case_spec("3d-32-64-s2", "tf32") == bench.BlockSpec.from_arguments(
+        case.x_shape, case.weight_shape, **case.keywords("tf32")
     )
-    assert bench.case_spec("3d-32-64-s2", precision="tf32").precision == "tf32"
+    assert bench.case_spec("3d-32-64-s2", "tf32").precision == "tf32"
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "kb83"),
+        ({"batch": 128, "kernel_size": (3, 3, 3), "cap": 0.5}, "kb83"),
+        ({"batch": 16}, "kb83-b16"),
+        ({"plane": 8, "batch": 1}, "kb83-b1,plane=8"),
+        ({"input_size": (8, 64, 64)}, "kb83,input_size=8x64x64"),
+        ({"input_size": (16, 64, 32)}, "kb83,input_size=16x64x32"),
+        (
+            {"padding": "same", "kernel_size": (3, 1, 1), "dropout_p": 0, "dtype": "float64"},
+            "kb83,kernel_size=3x1x1,padding=same,dropout_p=0.0,dtype=float64",
+        ),
+    ],
+)
+def test_every_call_has_one_name_that_says_it_all(changes: dict[str, Any], name: str) -> None:
+    assert bench.case_name("kb83", **changes) == name
+    assert bench.case(name) == bench.case("kb83").vary(**changes)
+    assert bench.case_name(name) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("kb83,planes=8", "unknown parameter 'planes' of a case: use one of plane, batch"),
+        ("kb83,batch=1.5", "parameter batch of a case takes one number, but got '1.5'"),
+        ("kb83,stride=1xtwo", "parameter stride of a case takes ints joined by x"),
+        ("kb83,", "unknown case 'kb83,'"),
+    ],
+)
+def test_name_that_says_nothing_is_refused(name: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        bench.case(name)
 
 
 # ---- what happens to a variant ----------------------------------------------------------------
@@ -303,7 +368,8 @@ def test_public_arguments_of_a_case_give_its_spec() -> None:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> bench.Workload:
     """A workload of two small input sets on the CPU, where rungs run in the simulator."""
-    monkeypatch.setitem(bench.CASES, "tiny", bench._case((1, 2, 4, 20), (4, 2, 3, 3), 2))
+    tiny = bench.Case(batch=1, in_channels=2, input_size=(4, 20), out_channels=4, num_groups=2)
+    monkeypatch.setitem(bench.CASES, "tiny", tiny)
     spec = bench.case_spec("tiny")
     generator = torch.Generator().manual_seed(0)
 
@@ -403,7 +469,7 @@ def test_baselines_run_at_the_precision_of_the_case(
 
     monkeypatch.setattr(bench, "gpu_time", timed)
     bench.measure(tiny, "torch")
-    tiny.spec = bench.case_spec("tiny", precision="tf32")
+    tiny.spec = bench.case_spec("tiny", "tf32")
     measured = bench.measure(tiny, "torch")
     assert seen == [False, True]
     assert measured["error_bound"] == bench.TF32_BASELINE_BOUND
@@ -460,6 +526,7 @@ def test_rung_that_cannot_run_is_skipped_with_its_limit(
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(results, "gpu_name", lambda: "Test GPU")
+    monkeypatch.setattr(results, "gpu_uuid", lambda: "GPU-test")
     monkeypatch.setattr(bench, "_gpu_is_lost", lambda: False)
 
 
@@ -502,7 +569,48 @@ def test_after_a_lost_gpu_the_rest_fail_with_the_reason(
     assert {row["case"] for row in rows} == {"tiny"}
 
 
+def test_cases_of_one_workload_set_it_up_once(
+    tiny: bench.Workload, pretend_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[tuple[str, str]] = []
+
+    def build(name: str, spec: bench.BlockSpec) -> bench.Workload:
+        built.append((name, spec.precision))
+        return tiny
+
+    monkeypatch.setattr(bench.Workload, "build", build)
+    monkeypatch.setattr(bench, "measure", lambda *_: {"status": "ok"})
+    stand = bench.Bench()
+    asked = [("tiny", "ieee"), ("tiny", "ieee"), ("tiny", "tf32"), ("kb83-b1", "tf32")]
+    rows = [stand.row(name, "one_kernel", 64, precision) for name, precision in asked]
+    assert built == [asked[0], *asked[2:]]
+    assert [(row["case"], row["precision"]) for row in rows] == asked
+    assert {row["threads_per_block"] for row in rows} == {64}
+    assert "threads_per_block" not in stand.row("tiny", "auto")
+    assert all(row["seconds"] >= 0 for row in rows)
+
+
 # ---- timing -----------------------------------------------------------------------------------
+
+
+def test_one_at_a_time_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def time_something(name: str) -> None:
+        with bench.gpu_to_itself():
+            seen.extend([name, name])
+
+    monkeypatch.setattr(results, "gpu_uuid", lambda: "GPU-one")
+    thread = threading.Thread(target=time_something, args=("theirs",))
+    with bench.gpu_to_itself():
+        seen.append("mine")
+        thread.start()
+        thread.join(0.2)
+        seen.append("mine")
+        monkeypatch.setattr(results, "gpu_uuid", lambda: "GPU-two")
+        time_something("another GPU")
+    thread.join(10)
+    assert seen == ["mine", "mine", "another GPU", "another GPU", "theirs", "theirs"]
 
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
