@@ -11,6 +11,16 @@ The judge computes the block in fp64 with the kernels' own dropout mask and asks
 3. the relative error ``||out - ref|| / ||ref||`` is at most twice PyTorch's own in that dtype;
 4. zeros from dropout are exactly where the mask has them, which 3 implies for all but tiny values.
 
+What the call allocates arrives filled with NaN as well, so that nobody profits from what an
+earlier call left in memory. Of what one right answer does not show, `check` asks two things more,
+each in a quarter of the cases (they cost as much again):
+
+5. a second run gives the same bits; in the simulator its threads take turns in a random order;
+6. bounds that cross go the chain's way: which of min, lower and upper clamp comes first shows only
+   where ``cap < min_value`` or ``max_value < min_value``, which no drawn case has.
+
+`check_gradients` asks 2, 3 and, in every case, 5 of each gradient of the backward kernels.
+
 PyTorch's own error is a random number too: on a handful of values its fp32 result can be right
 by luck. So it is the worst of several that are equally good: PyTorch as it comes, on the same
 problem mirrored in space (which sums in another order), and on inputs a last bit away; and
@@ -21,17 +31,21 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from numba_fused import ladder, rng
+from numba_fused import backward, ladder, rng
 from numba_fused.reference import chain, full_precision
 from numba_fused.spec import BlockSpec
+
+if TYPE_CHECKING:
+    from numba_fused.simulator import Simulator
 
 SIMULATOR_MACS = 30_000  # a case takes a fraction of a second in the simulator
 GPU_MACS = 200_000_000
@@ -49,8 +63,13 @@ POISON = {torch.float32: 0x7FC0DEAD, torch.float64: 0x7FF8DEADDEADDEAD}
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 # What an output element costs besides its taps, in multiply-adds: normalisation and mask.
 OVERHEAD_MACS = 20
+# Case i is run twice where i % 4 is the first of these, and with crossed bounds where the second.
+REPEATED, CROSSED = 1, 3
+# Where h is as close to a bound as this, rounding decides whether it lets a gradient through.
+MARGIN = 1e-3
 
 Compute: TypeAlias = Callable[["Tensors", Tensor], object]
+ComputeGradients: TypeAlias = Callable[["Tensors", Tensor], Sequence[Tensor | None]]
 
 
 class Tensors(NamedTuple):
@@ -125,6 +144,30 @@ class Case:
     def keep_mask(self, device: str | torch.device = "cpu") -> Tensor | None:
         """The kernels' dropout mask, or None where nothing is dropped."""
         return mask_of(self.spec, self.dropout_seed, device)
+
+    def grad_out(self, device: str | torch.device = "cpu") -> Tensor:
+        """A gradient of the output, zero where rounding could move h across a bound."""
+        spec, tensors = self.spec, self.tensors(device)
+        generator = np.random.default_rng([self.seed, self.index, 1])
+        gradient = torch.from_numpy(generator.standard_normal(spec.output_shape)).to(device)
+        unbounded = replace(
+            spec, min_value=-math.inf, max_value=math.inf, cap=math.inf, training=False
+        )
+        h = chain(unbounded, *tensors.map(Tensor.double), keep_mask=None)
+        for bound in (spec.min_value, spec.max_value, spec.cap):
+            gradient[(h - bound).abs() < MARGIN] = 0
+        return gradient.to(tensors.x.dtype)
+
+    def crossed(self) -> Case:
+        """The like of it with one sample and bounds that cross, either way in half of the cases."""
+        spec = self.spec
+        if self.index // 4 % 2:
+            bounds = {"min_value": spec.max_value, "max_value": spec.min_value}
+        else:
+            bounds = {"cap": spec.min_value - 0.5}
+        return replace(
+            self, arguments=self.arguments | bounds, spec=replace(spec, batch=1, **bounds)
+        )
 
     def reproducer(self, variant: str) -> str:
         """The command that runs this case alone."""
@@ -425,7 +468,9 @@ class Yardstick:
         if keep_mask is not None and (places := _where(~keep_mask & (out != 0) & ~out.isnan())):
             return f"not dropped where the mask says so: {places}"
         if not error <= self.bound:
-            return f"error {error:.2e} is above the bound {self.bound:.2e}"
+            reason = f"error {error:.2e} is above the bound {self.bound:.2e}"
+            places = _where((out == 0) & (self.reference != 0))
+            return f"{reason}, and zero where the reference is not: {places}" if places else reason
         return ""
 
 
@@ -444,7 +489,8 @@ def check(case: Case, variant: str, device: str | torch.device = "cpu") -> Resul
     -------
     Result
         ``"skipped"`` where the rung has a limit that the case exceeds. An exception of the rung is
-        a failure whose reason is its message.
+        a failure whose reason is its message. Two runs that differ are a failure, and so are
+        crossed bounds that go wrong, whose errors the result then has.
 
     Raises
     ------
@@ -455,6 +501,19 @@ def check(case: Case, variant: str, device: str | torch.device = "cpu") -> Resul
     if reason is not None:
         return Result("skipped", reason=reason)
 
+    again = _rung(case, variant, _shuffled(case)) if case.index % 4 == REPEATED else None
+    result = judge(case, _rung(case, variant), device, again)
+    if result.ok and case.index % 4 == CROSSED:
+        crossed = case.crossed()
+        found = judge(crossed, _rung(crossed, variant), device)
+        if not found.ok:
+            spec = crossed.spec
+            bounds = f"min {spec.min_value:g}, max {spec.max_value:g}, cap {spec.cap:g}"
+            return replace(found, reason=f"{found.reason}, with bounds that cross: {bounds}")
+    return result
+
+
+def _rung(case: Case, variant: str, simulator: Simulator | None = None) -> Compute:
     def compute(tensors: Tensors, out: Tensor) -> None:
         ladder.run(
             variant,
@@ -463,22 +522,200 @@ def check(case: Case, variant: str, device: str | torch.device = "cpu") -> Resul
             seed=case.dropout_seed,
             out=out,
             threads_per_block=case.threads_per_block,
+            simulator=simulator,
         )
 
-    return judge(case, compute, device)
+    return compute
 
 
-def judge(case: Case, compute: Compute, device: str | torch.device = "cpu") -> Result:
-    """Judge any function that fills an output: ``compute(tensors, out)``."""
+def _shuffled(case: Case) -> Simulator:
+    """Threads take turns in a random order; races are looked for in the first run."""
+    from numba_fused.simulator import Simulator
+
+    return Simulator(schedule_seed=case.index, check_races=False)
+
+
+def judge(
+    case: Case,
+    compute: Compute,
+    device: str | torch.device = "cpu",
+    again: Compute | None = None,
+) -> Result:
+    """Judge any function that fills an output: ``compute(tensors, out)``.
+
+    If there is an `again`, it must fill another output with the same bits.
+    """
     tensors, keep = case.tensors(device), case.keep_mask(device)
     ruler = yardstick(case.spec, tensors, keep)
     out = poisoned(case.spec, device)
     try:
-        compute(tensors, out)
-        return ruler.judge(out, keep)
+        with NanInEmpty():
+            compute(tensors, out)
+        result = ruler.judge(out, keep)
+        if result.ok and again is not None:
+            second = poisoned(case.spec, device)
+            again(tensors, second)
+            if places := _different(out, second):
+                return replace(result, status="failed", reason=f"two runs differ: {places}")
+        return result
     except Exception as problem:  # a crash is a verdict on the variant, not the end of the run
-        reason = f"{type(problem).__name__}: {problem}"
-        return Result("failed", math.nan, ruler.torch_error, ruler.bound, reason)
+        return Result("failed", math.nan, ruler.torch_error, ruler.bound, _crash(problem))
+
+
+def _crash(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {problem}"
+
+
+class NanInEmpty(TorchDispatchMode):
+    """Fills with NaN what `torch.empty` and its kin allocate.
+
+    Otherwise a kernel that reads what nobody wrote may find the right answer there, left behind
+    by the call before. Integers are filled with -1.
+    """
+
+    KIN = (
+        torch.ops.aten.empty.memory_format,
+        torch.ops.aten.empty_like.default,
+        torch.ops.aten.empty_strided.default,
+        torch.ops.aten.new_empty.default,
+        torch.ops.aten.new_empty_strided.default,
+    )
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in self.KIN:
+            result.fill_(math.nan if result.is_floating_point() else -1)
+        return result
+
+
+# ---- judging gradients ------------------------------------------------------------------------
+
+
+def check_gradients(case: Case, device: str | torch.device = "cpu") -> Result:
+    """Run the backward kernels on one case and judge every gradient.
+
+    Parameters
+    ----------
+    case : Case
+        Of any family; those with NaN or infinities are ``"skipped"``.
+    device : str or torch.device
+        ``"cpu"`` runs the kernels in the simulator.
+
+    Returns
+    -------
+    Result
+        Its errors are those of the gradient that comes closest to its bound, or exceeds it most.
+    """
+    return judge_gradients(case, _backward(case), device, _backward(case, _shuffled(case)))
+
+
+def _backward(case: Case, simulator: Simulator | None = None) -> ComputeGradients:
+    def compute(tensors: Tensors, grad_out: Tensor) -> Sequence[Tensor | None]:
+        x, weight, bias, gamma, beta = (t is not None for t in tensors)
+        return backward.run(
+            *tensors,
+            grad_out,
+            spec=case.spec,
+            seed=case.dropout_seed,
+            wanted=(x, weight, bias, gamma, beta),
+            simulator=simulator,
+        )
+
+    return compute
+
+
+def judge_gradients(
+    case: Case,
+    compute: ComputeGradients,
+    device: str | torch.device = "cpu",
+    again: ComputeGradients | None = None,
+) -> Result:
+    """Judge any function that gives the five gradients: ``compute(tensors, grad_out)``.
+
+    Each one's error against autograd in fp64 may be twice PyTorch's own, as the output's may. If
+    there is an `again`, it must give the same bits.
+    """
+    if case.family == "nonfinite":
+        return Result("skipped", reason="gradients of NaN and infinities are not compared")
+    tensors, grad_out, keep = case.tensors(device), case.grad_out(device), case.keep_mask(device)
+    rulers = _gradient_yardsticks(case.spec, tensors, grad_out, keep)
+    try:
+        with NanInEmpty():
+            found = compute(tensors, grad_out)
+        result = _judge_each(found, rulers)
+        if result.ok and again is not None:
+            return _compare_each(found, again(tensors, grad_out), result)
+        return result
+    except Exception as problem:  # as in `judge`
+        return Result("failed", reason=_crash(problem))
+
+
+def _judge_each(found: Sequence[Tensor | None], rulers: list[Yardstick | None]) -> Result:
+    """The first gradient that fails, or else the one that comes closest to its bound."""
+    worst = Result("ok", 0.0, 0.0, math.inf)
+    for name, gradient, ruler in zip(backward.NAMES, found, rulers, strict=True):
+        if ruler is None:
+            continue
+        if gradient is None:
+            return Result("failed", reason=f"gradient of {name}: none")
+        result = ruler.judge(gradient)
+        if not result.ok:
+            return replace(result, reason=f"gradient of {name}: {result.reason}")
+        worst = max(worst, result, key=lambda r: r.error / r.bound)
+    return worst
+
+
+def _compare_each(
+    found: Sequence[Tensor | None], again: Sequence[Tensor | None], result: Result
+) -> Result:
+    for name, one, two in zip(backward.NAMES, found, again, strict=True):
+        if one is not None and two is not None and (places := _different(one, two)):
+            reason = f"gradient of {name}: two runs differ: {places}"
+            return replace(result, status="failed", reason=reason)
+    return result
+
+
+def _gradient_yardsticks(
+    spec: BlockSpec, tensors: Tensors, grad_out: Tensor, keep_mask: Tensor | None
+) -> list[Yardstick | None]:
+    """As `yardstick`, for each of the five gradients; None where there is no such tensor."""
+
+    def plain(operands: Tensors) -> Tensor:
+        return chain(spec, *operands, keep_mask)
+
+    def mirror(operands: Tensors) -> Tensor:
+        return mirrored(spec, operands, keep_mask)
+
+    generator = torch.Generator(tensors.x.device).manual_seed(0)
+    with full_precision():
+        exact = _gradients(plain, tensors.map(Tensor.double), grad_out.double())
+        samples = [_gradients(f, tensors, grad_out) for f in (plain, mirror)]
+        for _ in range(SAMPLES):
+            nudged = tensors.map(lambda t: _nudged(t, generator))
+            samples.append(_gradients(plain, nudged, _nudged(grad_out, generator)))
+    rulers: list[Yardstick | None] = []
+    for reference, *others in zip(exact, *samples, strict=True):
+        if reference is None:
+            rulers.append(None)
+            continue
+        errors = [relative_error(g, reference) for g in others if g is not None]
+        rulers.append(Yardstick(reference, max(errors), spec.dtype))
+    return rulers
+
+
+def _gradients(
+    evaluate: Callable[[Tensors], Tensor], tensors: Tensors, grad_out: Tensor
+) -> list[Tensor | None]:
+    """Autograd's."""
+    leaves = tensors.map(lambda t: t.detach().requires_grad_())
+    present = [t for t in leaves if t is not None]
+    found = iter(torch.autograd.grad(evaluate(leaves), present, grad_out))
+    return [None if t is None else next(found) for t in leaves]
+
+
+# ---- what judging takes -----------------------------------------------------------------------
 
 
 def mask_of(spec: BlockSpec, seed: int, device: str | torch.device) -> Tensor | None:
@@ -572,6 +809,12 @@ def _nudged(t: Tensor, generator: torch.Generator) -> Tensor:
     draws = torch.randint(4, t.shape, device=t.device, generator=generator)
     direction = (draws == 3).to(t.dtype) - (draws == 0).to(t.dtype)
     return t * (1.0 + torch.finfo(t.dtype).eps * direction)
+
+
+def _different(one: Tensor, two: Tensor) -> str:
+    """Where the bits of two results differ; empty if nowhere."""
+    bits = BITS[one.dtype]
+    return _where(one.view(bits) != two.view(bits))
 
 
 def _where(wrong: Tensor) -> str:

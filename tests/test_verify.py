@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from numba_fused import ladder, verify
 from numba_fused.reference import chain, convolution
+from numba_fused.spec import BlockSpec
 from numba_fused.verify import Case, Result, Tensors, cases, check, judge
 
 MANY = list(cases(11, 250))
@@ -346,6 +348,189 @@ def test_mirror_is_the_same_problem() -> None:
         plain = chain(case.spec, *tensors, case.keep_mask())
         mirrored = verify.mirrored(case.spec, tensors, case.keep_mask())
         assert torch.allclose(plain, mirrored, rtol=1e-6, atol=1e-6), str(case)
+
+
+# ---- what one right answer does not show ------------------------------------------------------
+
+
+def test_leftovers_in_fresh_memory_help_nobody() -> None:
+    """What a call allocates holds NaN; without that it may hold the right answer, from before."""
+
+    def lazy(tensors: Tensors, out: Tensor) -> None:
+        for scratch in (torch.empty(3), torch.empty_like(out), out.new_empty(3)):
+            assert scratch.isnan().all()
+        assert (torch.empty(3, dtype=torch.int64) == -1).all()
+        right(TELLING)(tensors, out)
+        out.view(-1)[:2] = torch.empty(2)
+
+    result = judged(lazy)
+    assert result.reason.startswith("NaN is not where the reference has it: 2 of")
+
+
+def test_second_run_must_give_the_same_bits() -> None:
+    def last_bit_off(tensors: Tensors, out: Tensor) -> None:
+        right(TELLING)(tensors, out)
+        largest = int(out.abs().argmax())
+        out.view(-1)[largest] *= 1 + 2**-23
+
+    assert judged(last_bit_off).ok
+    assert judge(TELLING, right(TELLING), again=right(TELLING)).ok
+    result = judge(TELLING, right(TELLING), again=last_bit_off)
+    assert result.status == "failed"
+    assert re.match(r"two runs differ: 1 of \d+ elements, the first at \[", result.reason)
+
+
+def clamp_first(case: Case) -> Callable[[Tensors, Tensor], None]:
+    """min after clamp."""
+
+    def compute(tensors: Tensors, out: Tensor) -> None:
+        right(case, cap=math.inf)(tensors, out)
+        keep = case.keep_mask()
+        cap = torch.full_like(out, case.spec.cap)
+        out.copy_(out.minimum(cap if keep is None else cap * keep * case.spec.keep_scale))
+
+    return compute
+
+
+def test_order_of_the_bounds_shows_only_where_they_cross() -> None:
+    chosen = [
+        case
+        for case in MANY
+        if case.family == "normal"
+        and case.spec.dropout_p <= 0.5
+        and math.prod(case.spec.output_shape) > 40  # some of each sample survive
+    ]
+    assert len(chosen) > 10
+    for case in chosen:
+        assert judged(clamp_first(case), case).ok
+    crossed = [case.crossed() for case in chosen]
+    low_caps = [
+        case for case in crossed if case.spec.cap < case.spec.min_value < case.spec.max_value
+    ]
+    assert {case.spec.min_value > case.spec.max_value for case in crossed} == {True, False}
+    assert low_caps
+    for case in crossed:
+        assert case.spec.batch == 1
+        assert judged(right(case), case).ok
+    assert not any(judged(clamp_first(case), case).ok for case in low_caps)
+
+
+def test_check_repeats_and_crosses_a_quarter_of_the_cases_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A variant that is right at first and then noisy, or right but for crossed bounds."""
+    calls = []
+
+    def run(name: str, *tensors: Tensor, spec: BlockSpec, out: Tensor, **options: object) -> None:
+        calls.append(spec)
+        keep = verify.mask_of(spec, case.dropout_seed, "cpu")
+        x, weight, bias, gamma, beta = tensors
+        out.copy_(chain(spec, x, weight, bias, gamma, beta, keep))
+        wrong = len(calls) == 2 if name == "noisy" else spec.constant is not None
+        if wrong:
+            out += 1
+
+    monkeypatch.setattr(ladder, "get", lambda name: ladder.rungs()[0])
+    monkeypatch.setattr(ladder, "run", run)
+    plain = [c for c in MANY if c.family == "normal" and c.spec.precision == "ieee"]
+    for case in plain[:24]:
+        reasons = {}
+        for variant in ("noisy", "uncrossed"):
+            calls.clear()
+            reasons[variant] = check(case, variant).reason
+        noisy, uncrossed = case.index % 4 == verify.REPEATED, case.index % 4 == verify.CROSSED
+        assert ("two runs differ" in reasons["noisy"]) == noisy
+        assert ("bounds that cross" in reasons["uncrossed"]) == uncrossed
+    assert {c.index % 4 for c in plain[:24]} == {0, 1, 2, 3}
+
+
+# ---- gradients --------------------------------------------------------------------------------
+
+
+def autograd(case: Case) -> Callable[[Tensors, Tensor], list[Tensor | None]]:
+    """PyTorch's gradients in the case's dtype."""
+
+    def compute(tensors: Tensors, grad_out: Tensor) -> list[Tensor | None]:
+        leaves = tensors.map(lambda t: t.clone().requires_grad_())
+        chain(case.spec, *leaves, case.keep_mask()).backward(grad_out)
+        return [None if t is None else t.grad for t in leaves]
+
+    return compute
+
+
+def test_pytorchs_gradients_pass() -> None:
+    for case in MANY[:60]:
+        result = verify.judge_gradients(case, autograd(case))
+        assert result.status == ("skipped" if case.family == "nonfinite" else "ok"), str(case)
+        assert result.status == "skipped" or result.error <= result.bound
+
+
+def test_gradient_of_the_output_keeps_clear_of_the_bounds() -> None:
+    gradient, tensors = TELLING.grad_out(), TELLING.tensors()
+    assert torch.equal(gradient, TELLING.grad_out())
+    unbounded = dataclasses.replace(
+        TELLING.spec, min_value=-math.inf, max_value=math.inf, cap=math.inf, training=False
+    )
+    h = chain(unbounded, *tensors, None)
+    assert ((h - TELLING.spec.cap).abs()[gradient != 0] > verify.MARGIN / 2).all()
+    assert (gradient != 0).double().mean() > 0.9
+
+
+WRONG_GRADIENTS: dict[str, tuple[Callable[[Tensor], Tensor | None], str]] = {
+    "off by 1e-4": (lambda g: g * (1 + 1e-4), r"error (1.00e-04|9.99e-05) is above the bound"),
+    "zero": (torch.zeros_like, "error 1.00e"),
+    "of the wrong sign": (torch.neg, "error 2.00e"),
+    "none": (lambda g: None, "none"),
+    "not finite": (lambda g: g.index_fill(0, torch.tensor([0]), math.inf), r"\+Inf is not where"),
+    "of another shape": (lambda g: g.flatten()[:-1], "shape"),
+    "in half precision": (lambda g: g.half().float(), "error"),
+}
+
+
+@pytest.mark.parametrize("which", range(5), ids=["x", "weight", "bias", "gamma", "beta"])
+@pytest.mark.parametrize("mistake", WRONG_GRADIENTS)
+def test_wrong_gradient_is_rejected(mistake: str, which: int) -> None:
+    change, reason = WRONG_GRADIENTS[mistake]
+
+    def compute(tensors: Tensors, grad_out: Tensor) -> list[Tensor | None]:
+        found = autograd(TELLING)(tensors, grad_out)
+        gradient = found[which]
+        assert gradient is not None
+        found[which] = change(gradient)
+        return found
+
+    result = verify.judge_gradients(TELLING, compute)
+    assert not result.ok
+    name = verify.backward.NAMES[which]
+    assert re.match(f"gradient of {name}: {reason}", result.reason), result.reason
+
+
+def test_gradients_of_a_second_run_must_have_the_same_bits() -> None:
+    def last_bit_off(tensors: Tensors, grad_out: Tensor) -> list[Tensor | None]:
+        found = autograd(TELLING)(tensors, grad_out)
+        gamma = found[3]
+        assert gamma is not None
+        gamma[int(gamma.abs().argmax())] *= 1 + 2**-23
+        return found
+
+    plain = autograd(TELLING)
+    assert verify.judge_gradients(TELLING, plain, again=plain).ok
+    result = verify.judge_gradients(TELLING, plain, again=last_bit_off)
+    assert result.reason.startswith("gradient of gamma: two runs differ: 1 of")
+
+
+def test_crash_of_a_backward_pass_is_a_failure() -> None:
+    def crash(tensors: Tensors, grad_out: Tensor) -> list[Tensor | None]:
+        raise IndexError("index 7 is out of range")
+
+    assert verify.judge_gradients(TELLING, crash).reason == "IndexError: index 7 is out of range"
+
+
+def test_backward_kernels_pass() -> None:
+    small = (c for c in cases(6, 200, max_macs=1000) if math.prod(c.spec.weight_shape) < 30)
+    for case in itertools.islice((c for c in small if c.family != "nonfinite"), 4):
+        result = verify.check_gradients(case)
+        assert result.status == "ok", f"{case}: {result.reason}"
 
 
 # ---- rungs ------------------------------------------------------------------------------------
