@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import math
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,9 +24,14 @@ from rich.table import Table
 
 # numpy, torch and the kernels are imported by the commands that need them: --help is quick.
 if TYPE_CHECKING:
+    from numba_fused.compare import Pair
     from numba_fused.demo import Line
     from numba_fused.environment import Environment
+    from numba_fused.plot import Drawing
     from numba_fused.profile import KernelCounters
+    from numba_fused.sweep import Unit
+    from numba_fused.training import Agreement, Problem
+    from numba_fused.training import Result as Training
     from numba_fused.verify import Case, Result
 
 app = typer.Typer(
@@ -220,6 +226,34 @@ def _print_verified(
             str(index),
         )
     console.print(table)
+
+
+@app.command()
+def mistakes(
+    name: Annotated[str | None, typer.Argument(help="Show this one in full.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Give the verifier kernels that are wrong in famous ways, and show what catches each."""
+    import torch
+
+    from numba_fused import mistakes
+    from numba_fused.mistakes import show
+
+    with usage_errors():
+        chosen = mistakes.MISTAKES if name is None else (mistakes.get(name),)
+    torch.set_num_threads(1)  # tiny tensors, as in verify
+    verdicts = []
+    with progress(len(chosen), "making mistakes") as advance:
+        for mistake in chosen:
+            verdicts.append(mistakes.examine(mistake))
+            advance()
+    if as_json:
+        print_json([verdict.to_dict() for verdict in verdicts])
+    elif name is None:
+        console.print(show.table(verdicts, console.width))
+    else:
+        console.print(show.one(verdicts[0]))
+    leave(all(verdict.caught for verdict in verdicts))
 
 
 @app.command()
@@ -479,35 +513,392 @@ def _print_counters(counters: list[KernelCounters]) -> None:
     console.print(table)
 
 
+RowFiles = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--rows", help="File of rows, or a folder of them; may be repeated.  [plots/data]"
+    ),
+]
+OneCase = Annotated[
+    str, typer.Option("--case", help="Case of the figures and tables that are of one case.")
+]
+
+
 @app.command()
 def plot(
-    rows: Annotated[Path, typer.Option(help="File of rows, .csv or .parquet.")] = Path(
-        "plots/data/ladder.csv"
-    ),
-    case: Annotated[str, typer.Option(help="Case to draw.")] = "kb83",
-    precision: Annotated[str, typer.Option(help="ieee or tf32.")] = "ieee",
-    out: Annotated[Path, typer.Option(help="Where the figure goes (.png or .svg).")] = Path(
-        "plots/ladder.png"
-    ),
+    figures: Annotated[
+        list[str] | None, typer.Argument(help="Figures by name; without any: all.")
+    ] = None,
+    rows: RowFiles = None,
+    case: OneCase = "kb83",
+    out: Annotated[
+        Path, typer.Option(help="Folder the figures go to, each as PNG and as SVG.")
+    ] = Path("plots"),
     readme: Annotated[
         Path | None,
         typer.Option(help="Also put the tables into this README, between their markers."),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Draw the ladder from measured rows: time per rung, the floor, eager and torch.compile."""
+    """Draw figures from measured rows, and say of the others which rows are missing.
+
+    No GPU is needed. Exit status 1 if a figure that was asked for by name has no rows.
+    """
     from numba_fused import plot, results
 
     with usage_errors():
-        frame = results.read(rows)
-        chosen = results.latest(frame, case, precision)
-        plot.save(plot.ladder_figure(chosen), out)
-        console.print(f"drew {out}", markup=False, soft_wrap=True)
+        if out.suffix:
+            raise ValueError(f"--out takes a folder, but got {out}; the figures have names")
+        chosen = plot.choose(figures or (), case)
+        frame = plot.read_rows(*(rows or [results.DATA]))
+        drawings = []
+        with progress(len(chosen), "drawing") as advance:
+            for one in chosen:
+                drawings.append(plot.draw(one, frame))
+                plot.save_drawing(drawings[-1], out)
+                advance()
+        changed = readme and plot.update_readme(readme, plot.readme_tables(frame, case))
+    if as_json:
+        print_json([drawing.to_dict(out) for drawing in drawings])
+    else:
+        _print_drawings(drawings, out)
         if readme is not None:
-            every_case = list(results.newest(frame, precision).values())
-            tables = {"ladder": plot.ladder_table(chosen), "cases": plot.cases_table(every_case)}
-            changed = plot.update_readme(readme, tables)
             outcome = "updated" if changed else "was up to date"
             console.print(f"{readme} {outcome}", markup=False, soft_wrap=True)
+    leave(not figures or all(drawing.figure for drawing in drawings))
+
+
+def _print_drawings(drawings: list[Drawing], out: Path) -> None:
+    for drawing in drawings:
+        if drawing.figure:
+            files = " and ".join(map(str, drawing.files(out)))
+            console.print(f"drew {files}", markup=False, soft_wrap=True)
+        else:
+            said = f"skipped {drawing.plot.name}: {drawing.why}"
+            console.print(said, markup=False, soft_wrap=True)
+        if drawing.lacks:
+            console.print(f"  {drawing.lacks}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def report(
+    rows: RowFiles = None,
+    case: OneCase = "kb83",
+    out: Annotated[Path, typer.Option(help="Where the page goes (.html).")] = Path(
+        "plots/report.html"
+    ),
+) -> None:
+    """Write one HTML page, complete in itself: figures, tables, provenance, commands."""
+    from numba_fused import plot, report, results
+
+    with usage_errors():
+        if out.suffix != ".html":
+            raise ValueError(f"the report is an .html file, but got {out}")
+        told = "".join(f" --rows {shlex.quote(str(path))}" for path in rows or ())
+        told += "" if case == "kb83" else f" --case {shlex.quote(case)}"
+        page = report.report(plot.read_rows(*(rows or [results.DATA])), case, told)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page)
+    console.print(f"wrote {out}: open it in a browser", markup=False, soft_wrap=True)
+
+
+@app.command()
+def sweep(
+    sweeps: Annotated[
+        list[str] | None,
+        typer.Argument(help="Sweeps by name, or .yaml files; without any: what there is."),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="File the rows are added to, or a folder for rows.csv.")
+    ] = Path("sweeps"),
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be measured; measure nothing.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Measure again what the file has already.")
+    ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Measure again what failed.")
+    ] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Measure this many rows at most.")
+    ] = None,
+    minutes: Annotated[
+        float, typer.Option(min=0, help="Start nothing after this time.", show_default="no end")
+    ] = math.inf,
+    gpus: Annotated[
+        str, typer.Option(metavar="all|0,1", help="One worker for each of these GPUs.")
+    ] = "",
+    scheduler: Annotated[
+        str, typer.Option(metavar="tcp://...", help="Measure on this Dask cluster.")
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Measure along axes: batch, plane, channels, threads per block and more.
+
+    Rows are kept as they are measured, the most informative first; the same command goes on
+    where it was stopped.
+    """
+    from numba_fused import sweep
+
+    if not sweeps:
+        _list_sweeps(as_json)
+        return
+    with usage_errors():
+        csv, parquet = sweep.files(out)
+        keys = sweep.plan([sweep.Sweep.read(name) for name in sweeps])
+        missing = keys if force else sweep.missing(keys, csv, retry_failed=retry_failed)
+        wanted = missing[:limit]
+        units = sweep.preview(wanted)
+        if dry_run:
+            _print_preview(units, len(keys), len(missing), as_json)
+            return
+        with (
+            _sweep_client(gpus, scheduler) as client,
+            contextlib.closing(sweep.run(wanted, csv, client=client, minutes=minutes)) as rows,
+        ):
+            tally, stopped = _measure_rows(rows, len(wanted))
+        left = len(missing) - sum(tally.values())
+        _write_parquet(csv, parquet)
+    if as_json:
+        print_json({"file": csv, "left": left, "stopped": stopped, **tally})
+    else:
+        counts = ", ".join(f"{count} {status}" for status, count in sorted(tally.items()))
+        rest = f"; {left} to go: run the same command again" if left else ""
+        console.print(f"{csv}: {counts or 'nothing to measure'}{rest}", soft_wrap=True)
+    leave(not stopped and not tally["failed"])
+
+
+def _measure_rows(rows: Iterator[dict[str, Any]], total: int) -> tuple[Counter[str], bool]:
+    """Show rows as they come; how many there are of each status, and whether more was to come."""
+    from numba_fused.sweep import GpuLostError
+
+    tally = Counter[str]()
+    try:
+        with progress(total, f"measuring {total} rows") as advance:
+            for row in rows:
+                tally[row["status"]] += 1
+                messages.print(_row_line(row, sum(tally.values()), total), soft_wrap=True)
+                advance()
+    except KeyboardInterrupt:
+        messages.print("stopped; every row above is in the file")
+        return tally, True
+    except GpuLostError as problem:
+        messages.print(f"stopped: {problem}", markup=False, soft_wrap=True)
+        return tally, True
+    return tally, False
+
+
+def _row_line(row: dict[str, Any], count: int, total: int) -> str:
+    """One measured row: where it stands, what it is, and its time or why it has none."""
+    threads = f" @{row['threads_per_block']}" if row.get("threads_per_block") else ""
+    name = f"{count}/{total} {row['case']} {row['precision']} {row['variant']}{threads}"
+    if row["status"] == "ok":
+        return f"{escape(name)} {row['p50_ms']:.4g} ms"
+    return f"{escape(name)} {verdict_text(row['status'])}: {escape(str(row.get('reason')))}"
+
+
+def _sweep_client(gpus: str, scheduler: str) -> contextlib.AbstractContextManager[Any]:
+    """A client of the cluster that is asked for; None where this process measures by itself."""
+    from numba_fused import bench, cluster
+
+    if gpus and scheduler:
+        raise ValueError("give --gpus or --scheduler, not both: the cluster has its own GPUs")
+    if scheduler:
+        return cluster.connected(scheduler)
+    if gpus:
+        return cluster.on_gpus(cluster.chosen_gpus(gpus))
+    bench.check_gpu()
+    return contextlib.nullcontext()
+
+
+def _write_parquet(csv: Path, parquet: Path) -> None:
+    from numba_fused import sweep
+
+    try:
+        sweep.write_parquet(csv, parquet)
+    except RuntimeError as problem:  # pyarrow is not needed for the rows themselves
+        messages.print(f"no {parquet.name}: {problem}", markup=False, soft_wrap=True)
+
+
+def _list_sweeps(as_json: bool) -> None:
+    from numba_fused import sweep
+
+    table = numbers_table("sweep", ("cases", "rows", "GB", "minutes"), "what")
+    found = []
+    for name in sweep.shipped():
+        try:
+            read = sweep.Sweep.read(name)
+        except ValueError as problem:
+            found.append({"name": name, "about": str(problem)})
+            table.add_row(name, "", "", "", "", f"[yellow]{escape(str(problem))}[/]")
+            continue
+        units = sweep.preview(sweep.plan([read]))
+        rows, seconds, gigabytes = _needs(units)
+        found.append({"name": name, "about": read.about, "rows": rows, "seconds": seconds})
+        cells = (str(len(units)), str(rows), f"{gigabytes:.0f}", f"{seconds / 60:.0f}")
+        table.add_row(name, *cells, read.about)
+    if as_json:
+        print_json(found)
+    else:
+        console.print(table)
+        console.print("Minutes and GB of GPU memory are estimates for one H200.")
+
+
+def _needs(units: Sequence[Unit]) -> tuple[int, float, float]:
+    """Rows and seconds of all units, gigabytes of the largest."""
+    rows, seconds = sum(unit.rows for unit in units), sum(unit.seconds for unit in units)
+    return rows, seconds, max((unit.gigabytes for unit in units), default=0.0)
+
+
+SHOWN_UNITS = 20
+
+
+def _print_preview(units: list[Unit], declared: int, missing: int, as_json: bool) -> None:
+    rows, seconds, gigabytes = _needs(units)
+    if as_json:
+        summary = {"declared": declared, "missing": missing, "rows": rows, "seconds": seconds}
+        print_json({**summary, "gigabytes": gigabytes, "cases": [vars(unit) for unit in units]})
+        return
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("case, in the order of measuring", overflow="fold")
+    for heading in ("precision", "rows", "GB", "seconds"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for unit in units[:SHOWN_UNITS]:
+        cells = (str(unit.rows), f"{unit.gigabytes:.1f}", f"{unit.seconds:.0f}")
+        # With blanks, so that a long name is broken between its parameters.
+        table.add_row(escape(unit.case.replace(",", ", ")), unit.precision, *cells)
+    console.print(table)
+    if len(units) > SHOWN_UNITS:
+        console.print(f"and {len(units) - SHOWN_UNITS} more")
+    console.print(
+        f"{declared} rows are declared, {declared - missing} are in the file. Measured would be "
+        f"{rows} rows of {len(units)} cases: about {math.ceil(seconds / 60)} minutes on one H200, "
+        f"and {gigabytes:.1f} GB of GPU memory for the largest."
+    )
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="File of rows, .csv or .parquet.")],
+    b: Annotated[Path, typer.Argument(help="Another one: later, or of another machine.")],
+    as_json: AsJson = False,
+) -> None:
+    """Compare two files of rows: how many times faster B is, and whether beyond the spread."""
+    from numba_fused import compare, results
+
+    with usage_errors():
+        frames = {"A": results.read(a), "B": results.read(b)}
+        pairs = compare.compare(*frames.values())
+    told = {name: compare.circumstances(frame) for name, frame in frames.items()}
+    if as_json:
+        print_json({**told, "pairs": [pair.to_dict() for pair in pairs]})
+        return
+    for name, path in (("A", a), ("B", b)):
+        said = ", ".join(f"{key} {value}" for key, value in told[name].items() if value)
+        console.print(f"{name}  {path}: {said}", markup=False, highlight=False)
+    _print_pairs([pair for pair in pairs if not pair.only_in])
+    table = numbers_table("variant", ("pairs", "A/B,\ngeometric\nmean", "least", "most"))
+    for variant, (count, *ratios) in compare.by_variant(pairs).items():
+        table.add_row(variant, str(count), *(f"{ratio:.3f}" for ratio in ratios))
+    console.print(table)
+    differing = sum(pair.differs for pair in pairs)
+    only = Counter(pair.only_in for pair in pairs)
+    console.print(
+        f"A/B says how many times faster B is; low and high are its range from the 20th to the "
+        f"80th percentiles. {differing} of {sum(pair.ratio is not None for pair in pairs)} differ "
+        f"by more than that. Only in A: {only['A']} rows; only in B: {only['B']}."
+    )
+
+
+def _print_pairs(pairs: Sequence[Pair]) -> None:
+    for case, group in itertools.groupby(pairs, lambda p: f"{p.key.case} {p.key.precision}"):
+        console.print(escape(case), style="bold", highlight=False)
+        table = numbers_table("variant", ("A ms", "B ms", "A/B", "low", "high"), "B is")
+        for pair in group:
+            threads = pair.key.threads_per_block
+            times = (number(ms, ".4g") for ms in (pair.a_ms, pair.b_ms))
+            ratios = (number(ratio, ".3f") for ratio in (pair.ratio, pair.low, pair.high))
+            said = "[green]faster[/]" if (pair.ratio or 0) > 1 else "[red]slower[/]"
+            name = f"{pair.key.variant} @{threads}" if threads else pair.key.variant
+            table.add_row(name, *times, *ratios, said if pair.differs else escape(pair.note))
+        console.print(table)
+
+
+@app.command()
+def train(
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Updates.  [200 on a GPU, 100 on a CPU]")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Clips a step.  [128 on a GPU, 64 on a CPU]")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of clips, parameters and masks.")] = 0,
+    device: Annotated[str, typer.Option(help="cuda, cpu, or auto: cuda if there is one.")] = "auto",
+    precision: Annotated[str, typer.Option(help="ieee or tf32, of the whole model.")] = "ieee",
+    variant: Annotated[str, typer.Option(help="auto, or a rung for the stem.")] = "auto",
+    compiled: Annotated[bool, typer.Option("--compile", help="Time torch.compile, too.")] = False,
+    out: Annotated[Path, typer.Option(help="File for the rows, .csv or .parquet.")] = Path(
+        "plots/data/training.csv"
+    ),
+    figure: Annotated[
+        Path, typer.Option(help="Where the figure goes, as .png and as .svg.")
+    ] = Path("plots/training.png"),
+    as_json: AsJson = False,
+) -> None:
+    """Train a video classifier with the block as its stem, beside PyTorch: loss, time, memory.
+
+    Clips of moving digits; on a CPU tiny ones. Fails if the losses differ by more than other
+    dropout masks make them differ.
+    """
+    from numba_fused import training
+    from numba_fused.plot import check_suffix, save
+
+    with usage_errors():
+        training.check_out(out)
+        check_suffix(figure)
+        options = {"seed": seed, "precision": precision, "variant": variant}
+        problem = training.problem_for(device, steps, batch, **options)
+        names = training.implementations(compiled)
+        with progress(len(names) * problem.steps, "training") as advance:
+            runs = [training.train(problem, name, advance) for name in names]
+        rows = training.rows(problem, runs)
+        training.write(rows, out)
+        drawn = training.figure(rows)
+        for suffix in (".png", ".svg"):
+            save(drawn, figure.with_suffix(suffix))
+    agreement = training.agreement(rows)
+    if as_json:
+        print_json({**vars(agreement), "ok": agreement.ok, "rows": rows.to_dict("records")})
+    else:
+        _print_trained(problem, runs, agreement)
+        console.print(f"rows in {out}, figure in {figure}", markup=False, soft_wrap=True)
+    leave(agreement.ok)
+
+
+def _print_trained(problem: Problem, runs: Sequence[Training], agreement: Agreement) -> None:
+    from numba_fused.training import LABELS
+
+    clip = "x".join(map(str, problem.clip_shape))
+    where = f"{problem.precision} on {problem.device}"
+    console.print(f"{problem.steps} steps of {problem.batch} clips of {clip}, {where}")
+    columns = ("ms\na step", "peak\nGB", "first\nloss", "last\nloss", "held-out\naccuracy")
+    table = numbers_table("stem", columns)
+    for run in runs:
+        peak = run.peak_bytes and run.peak_bytes / 1e9
+        table.add_row(
+            LABELS[run.implementation],
+            f"{1e3 * run.seconds:.3g}",
+            number(peak, ".3g"),
+            *(f"{run.losses[place]:.3f}" for place in (0, -1)),
+            f"{100 * run.held_out_accuracy:.0f} %",
+        )
+    console.print(table)
+    console.print(
+        f"With the same masks the loss of numba_fused is {agreement.fused:.1e} from PyTorch's in "
+        f"the mean over the steps; other masks alone make {agreement.masks:.1e}: "
+        f"{verdict_text('ok' if agreement.ok else 'more than noise')}"
+    )
 
 
 # ---- shared by the commands -------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from numba_fused import ladder
-from numba_fused.ladder import Ledger
+from numba_fused.ladder import Ledger, Rung
 from numba_fused.spec import BlockSpec
 
 if TYPE_CHECKING:
@@ -86,14 +86,24 @@ def _slowdown(dtype: str, capability: tuple[int, int]) -> int:
 
 @dataclass(frozen=True)
 class RungAccount:
-    """What one rung needs for the call: `limit` says why it cannot run, else None."""
+    """What one rung needs for the call, or in `limit` why it cannot run: one of them is None.
+
+    Attributes
+    ----------
+    number : int
+    name, idea : str
+    ledger : Ledger or None
+    limit : str or None
+    memory_ms : float or None
+        Time to move the bytes of the ledger.
+    """
 
     number: int
     name: str
     idea: str
-    ledger: Ledger
+    ledger: Ledger | None
     limit: str | None
-    memory_ms: float
+    memory_ms: float | None
 
 
 @dataclass(frozen=True)
@@ -137,7 +147,10 @@ class Explanation:
         return max(self.memory_floor_ms, self.arithmetic_ms)
 
     def to_dict(self) -> dict[str, Any]:
-        """The account as plain numbers and strings, for ``json.dumps``."""
+        """The account as plain numbers and strings, for ``json.dumps``.
+
+        A rung that cannot run has None for its numbers.
+        """
         spec = self.spec
         return {
             "x_shape": list(spec.x_shape),
@@ -161,9 +174,9 @@ class Explanation:
                     "number": rung.number,
                     "name": rung.name,
                     "idea": rung.idea,
-                    "bytes_read": rung.ledger.bytes_read,
-                    "bytes_written": rung.ledger.bytes_written,
-                    "launches": rung.ledger.launches,
+                    "bytes_read": rung.ledger and rung.ledger.bytes_read,
+                    "bytes_written": rung.ledger and rung.ledger.bytes_written,
+                    "launches": rung.ledger and rung.ledger.launches,
                     "memory_ms": rung.memory_ms,
                     "limit": rung.limit,
                 }
@@ -207,7 +220,7 @@ class Explanation:
         table = [("rung", "read", "written", "x compulsory", "launches", "time at full rate")]
         for rung in self.rungs:
             ledger, name = rung.ledger, f"{rung.number} {rung.name}"
-            if rung.limit is not None:
+            if ledger is None or rung.memory_ms is None:
                 table.append((name, f"cannot run: {rung.limit}", "", "", "", ""))
                 continue
             table.append(
@@ -256,11 +269,11 @@ class Explanation:
         """
         from numba_fused.plot import traffic_bars
 
-        runnable = [rung for rung in self.rungs if rung.limit is None]
+        runnable = [(rung.name, rung.ledger) for rung in self.rungs if rung.ledger is not None]
         return traffic_bars(
-            [rung.name for rung in runnable],
-            [rung.ledger.bytes_read for rung in runnable],
-            [rung.ledger.bytes_written for rung in runnable],
+            [name for name, _ in runnable],
+            [ledger.bytes_read for _, ledger in runnable],
+            [ledger.bytes_written for _, ledger in runnable],
             compulsory=self.spec.compulsory_bytes,
             ax=ax,
         )
@@ -314,14 +327,17 @@ def explain(
         **parameters,
     )
     machine = Machine.of(device, spec.dtype)
-    accounts = []
-    for rung in ladder.rungs():
+    return Explanation(spec, machine, tuple(_account(rung, spec, machine) for rung in ladder.rungs()))
+
+
+def _account(rung: Rung, spec: BlockSpec, machine: Machine) -> RungAccount:
+    """A rung's limit, and its numbers if there is none: what cannot run may have no ledger."""
+    limit = rung.limit(spec)
+    ledger = memory_ms = None
+    if limit is None:
         ledger = rung.ledger(spec)
         memory_ms = 1e3 * ledger.bytes_moved / machine.bytes_per_second
-        accounts.append(
-            RungAccount(rung.number, rung.name, rung.idea, ledger, rung.limit(spec), memory_ms)
-        )
-    return Explanation(spec, machine, tuple(accounts))
+    return RungAccount(rung.number, rung.name, rung.idea, ledger, limit, memory_ms)
 
 
 def _dimensions(operand: Tensor | Sequence[int]) -> tuple[int, ...]:

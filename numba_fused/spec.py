@@ -227,13 +227,25 @@ class BlockSpec:
                 f"groups or a larger input"
             )
 
+    def __eq__(self, other: object) -> bool:
+        """Equal in all fields; bounds of 0.0 and -0.0 are not the same, since results show it."""
+        if not isinstance(other, BlockSpec):
+            return NotImplemented
+        return self is other or self._key == other._key
+
     def __hash__(self) -> int:
         return self._hash
 
     @cached_property
+    def _key(self) -> tuple[Any, ...]:
+        fields = tuple(getattr(self, name) for name in self.__dataclass_fields__)
+        bounds = (self.min_value, self.max_value, self.cap)
+        return *fields, *(math.copysign(1.0, bound) for bound in bounds)
+
+    @cached_property
     def _hash(self) -> int:
         """Specs are keys wherever something is remembered; twenty fields take a while to hash."""
-        return hash(tuple(getattr(self, name) for name in self.__dataclass_fields__))
+        return hash(self._key)
 
     # ---- shapes ---------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from numba_fused.explain import H200, Machine, explain
 
 KB83 = {"num_groups": 8, "min_value": -1.0, "max_value": 1.0, "cap": 0.5}
 X, WEIGHT = (128, 3, 16, 64, 64), (16, 3, 3, 3, 3)
+NUMBERS = ("bytes_read", "bytes_written", "launches", "memory_ms")
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +43,9 @@ def test_every_rung_is_accounted_for() -> None:
     assert cannot.keys() == {"tensor_core", "algebra"}
     assert "precision='tf32'" in cannot["tensor_core"]
     for rung in account["rungs"]:
+        if rung["limit"]:
+            assert not {rung[key] for key in NUMBERS} - {None}
+            continue
         moved = rung["bytes_read"] + rung["bytes_written"]
         assert rung["launches"] >= 1
         assert rung["memory_ms"] == pytest.approx(1e3 * moved / 4.19e12)
@@ -95,6 +99,20 @@ def test_limit_is_shown_instead_of_numbers(monkeypatch: pytest.MonkeyPatch) -> N
     assert "unfused" in labels
 
 
+def test_shapes_that_no_tile_fits_are_accounted_for() -> None:
+    """A rung without a tile has no ledger to ask for; the others have theirs."""
+    words = {"num_groups": 1, "min_value": -1.0, "max_value": 1.0, "cap": 0.5, "stride": (1000, 1)}
+    account = explain((1, 1, 3000, 16), (2, 1, 1, 3), **words)
+    rungs = {rung.name: rung for rung in account.rungs}
+    for name in ("tensor_core", "split", "pipelined"):
+        assert rungs[name].ledger is None
+        assert rungs[name].limit
+    assert "shared memory" in str(rungs["split"].limit)
+    assert rungs["one_kernel"].ledger is not None
+    assert "cannot run: its input tile" in str(account)
+    assert json.loads(json.dumps(account.to_dict()))["rungs"][8]["bytes_read"] is None
+
+
 def test_html_has_a_row_for_every_rung() -> None:
     account = explain(X, WEIGHT, **KB83)
     assert account._repr_html_().count("<tr>") == len(account.facts()) + 1 + len(account.rungs)
@@ -104,9 +122,10 @@ def test_plot_draws_the_ledger() -> None:
     account = explain(X, WEIGHT, **KB83)
     axes = account.plot(Figure().subplots())
     bars = axes.containers
-    drawn = [rung for rung in account.rungs if rung.limit is None]
+    drawn = [rung.ledger for rung in account.rungs if rung.ledger is not None]
+    assert len(drawn) == len(account.rungs) - 2
     read = [bar.get_width() for bar in bars[0]]
-    assert read == pytest.approx([rung.ledger.bytes_read / 1e9 for rung in drawn])
+    assert read == pytest.approx([ledger.bytes_read / 1e9 for ledger in drawn])
     line = axes.get_lines()[-1]
     assert np.asarray(line.get_xdata()) == pytest.approx(account.spec.compulsory_bytes / 1e9)
 

@@ -299,6 +299,27 @@ def test_kernels_see_five_dimensions() -> None:
     assert (spec.stride3, spec.padding3, spec.dilation3) == ((1, 1, 2), (0, 0, 1), (1, 1, 1))
 
 
+# ---- as a key -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bound", ["min_value", "max_value", "cap"])
+def test_specs_whose_bounds_differ_in_sign_alone_are_different_keys(bound: str) -> None:
+    """What is remembered for 0.0 must not be found for -0.0, whose results are -0.0."""
+    bounds = {"min_value": -2.0, "max_value": 2.0, "cap": 1.0}
+    positive, negative = (spec_of(**(bounds | {bound: zero})) for zero in (0.0, -0.0))
+    assert positive != negative
+    assert {positive: "+", negative: "-"}[spec_of(**(bounds | {bound: -0.0}))] == "-"
+
+
+def test_equal_calls_are_one_key() -> None:
+    one, other = spec_of(), spec_of()
+    assert one is not other
+    assert one == other
+    assert hash(one) == hash(other)
+    assert one != spec_of(eps=1e-3)
+    assert one != tuple(vars(one).values())
+
+
 # ---- cost ---------------------------------------------------------------------------------------
 
 

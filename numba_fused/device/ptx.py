@@ -429,13 +429,17 @@ def _copy_out(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     return context.get_dummy_value()
 
 
-def _copy_out_definition(typingctx: Any, *args: Any) -> Any:
-    target, _, source, _, _ = args
-    kinds = (target, types.uint64, source, types.uint64, types.int32)
-    return types.void(*kinds), _copy_out
+def _bulk_copy(meaning: Callable[..., Any]) -> Any:
+    def definition(typingctx: Any, *args: Any) -> Any:
+        target, _, source, _, _ = args
+        kinds = (target, types.uint64, source, types.uint64, types.int32)
+        return types.void(*kinds), _copy_out
+
+    return _intrinsic(definition, meaning)
 
 
-def _copy_out_meaning(target, target_index, source, source_index, values):
+@_bulk_copy
+def copy_out(target, target_index, source, source_index, values):
     """Start copying a run of 4-byte values from shared to global memory.
 
     Both begin at multiples of 16 bytes, and the number of values is a multiple of 4. What other
@@ -443,9 +447,6 @@ def _copy_out_meaning(target, target_index, source, source_index, values):
     """
     for i in range(values):
         target[target_index + i] = source[source_index + i]
-
-
-copy_out = _intrinsic(_copy_out_definition, _copy_out_meaning)
 
 
 @instruction("fence.proxy.async.shared::cta;", "~{memory}", types.void(), side_effect=True)

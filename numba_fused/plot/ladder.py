@@ -1,0 +1,64 @@
+"""What each rung takes: bars of time, beside PyTorch's and the memory floor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from numba_fused.plot.rows import NotMeasuredError, heading, timed
+from numba_fused.plot.style import (
+    BASELINES,
+    BLUE,
+    VERMILION,
+    legend_below,
+    new_figure,
+    plain_log,
+    styled,
+    write_beside,
+)
+from numba_fused.results import Row, label
+
+
+@styled
+def ladder_figure(rows: Sequence[Row]) -> Figure:
+    """Bars of the time of every variant of one case, with the floor and the baselines as lines.
+
+    Parameters
+    ----------
+    rows : sequence of dict
+        One row a variant, as `results.latest` gives them.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    NotMeasuredError
+        No row has a time.
+    """
+    shown = timed(rows)
+    if not shown:
+        raise NotMeasuredError("no row has a time to draw: every one failed or was skipped")
+    first = shown[0]
+    figure = new_figure(2.4 + 0.45 * len(shown))
+    ax = figure.subplots()
+    for place, row in enumerate(shown):
+        name, colour = BASELINES.get(row["variant"], ("", BLUE))
+        ax.barh(place, row["p50_ms"], color=colour)
+        ax.plot([row["p20_ms"], row["p80_ms"]], [place, place], color="black", lw=2)
+        write_beside(ax, f"{row['p50_ms']:.3g}", row["p80_ms"], place)
+        if name:
+            ax.axvline(row["p50_ms"], color=colour, ls=":", lw=2, label=name)
+    ax.axvline(first["floor_ms"], color=VERMILION, ls="--", lw=2, label="memory floor")
+    ax.set_yticks(range(len(shown)), [label(row) for row in shown])
+    ax.invert_yaxis()
+    ax.set_xscale("log")
+    left = first["floor_ms"] / 1.5
+    ax.set_xlim(left, 2.5 * max(row["p80_ms"] for row in shown))
+    plain_log(ax.xaxis)
+    ax.set_xlabel(f"GPU time of one call (ms; log scale that starts at {left:.2g})")
+    figure.suptitle(heading(first))
+    legend_below(figure, 3)
+    return figure
