@@ -327,7 +327,9 @@ def explain(
         **parameters,
     )
     machine = Machine.of(device, spec.dtype)
-    return Explanation(spec, machine, tuple(_account(rung, spec, machine) for rung in ladder.rungs()))
+    return Explanation(
+        spec, machine, tuple(_account(rung, spec, machine) for rung in ladder.rungs())
+    )
 
 
 def _account(rung: Rung, spec: BlockSpec, machine: Machine) -> RungAccount:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -12,9 +13,11 @@ from numba_fused.spec import BlockSpec
 SIMULATOR_MULTIPLY_ADDS = 2_000_000  # about a minute of simulation
 
 
-# Fastest first, by measurement on an H200 (plots/data/ladder.csv). Rungs without a row there are
-# not in the list: what has not been timed is not known to be fast.
-PREFERENCE = ("library_conv", "recompute", "torch")
+# Fastest first, by measurement on an H200 (plots/data/README.md). Tensor-core tiles have been timed
+# on convolutions of up to 81 multiply-adds an output, where they are three to four times as fast as
+# the library's; they take time in proportion, and for larger ones nobody has looked yet.
+TILES, MOST_TAPS = ("pipelined", "split"), 81
+OTHERS = ("library_conv", "recompute", "torch")
 
 
 def choose(spec: BlockSpec, device: torch.device | None = None) -> str:
@@ -31,7 +34,8 @@ def choose(spec: BlockSpec, device: torch.device | None = None) -> str:
 
 @lru_cache(maxsize=4096)
 def _choose(spec: BlockSpec, capability: tuple[int, int]) -> str:
-    rungs = map(ladder.get, PREFERENCE)
+    small = math.prod(spec.weight_shape[1:]) <= MOST_TAPS
+    rungs = map(ladder.get, (*TILES, *OTHERS) if small else OTHERS)
     return next(r.name for r in rungs if r.obstacle(spec, capability) is None)
 
 

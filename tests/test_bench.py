@@ -262,16 +262,8 @@ def test_readme_keeps_all_but_the_tables(tmp_path: Path) -> None:
 
 
 def test_readme_is_in_step_with_the_rows() -> None:
-    rows = ROOT / results.LADDER
-    if not rows.exists():
-        pytest.skip("nothing has been measured yet")
-    by_case = results.newest(results.read(rows))
-    tables = {
-        "ladder": plot.ladder_table(by_case["kb83"]),
-        "cases": plot.cases_table(list(by_case.values())),
-    }
     readme = (ROOT / "README.md").read_text()
-    for name, table in tables.items():
+    for name, table in plot.readme_tables(plot.read_rows(ROOT / results.DATA)).items():
         begin, end = plot.markers(name)
         if begin in readme or name == "ladder":
             wanted = f"{begin}\n{table}\n{end}"

@@ -19,7 +19,10 @@ from numba_fused.profile import METRICS, STALL, STALLS, short_name
 from numba_fused.results import Row
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("demo", "verify", "explain", "env", "bench", "profile", "plot")
+COMMANDS = (
+    *("demo", "verify", "explain", "env", "bench", "profile", "sweep", "compare"),
+    *("plot", "report", "mistakes", "train"),
+)
 
 
 def numba_fused(*arguments: str) -> Result:

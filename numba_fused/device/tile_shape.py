@@ -32,7 +32,7 @@ Triple: TypeAlias = tuple[int, int, int]
 WARP = 32
 CHANNELS = 16  # rows of A: output channels of a warp
 ROWS = 8  # columns of B: output rows of a warp
-# The blocks of an SM share its registers and this; the system takes some for each.
+# The blocks of an SM share its registers and this, an H200's; the system takes some for each.
 WARPS_PER_PROCESSOR = 16
 PROCESSOR_SHARED_BYTES, SYSTEM_SHARED_BYTES = 228 * 1024, 1024
 COLUMNS = 16  # positions along w of a warp: one dropout stream
@@ -111,8 +111,12 @@ class TileShape:
     @cached_property
     def blocks_per_processor(self) -> int:
         """Blocks an SM holds: 16 warps leave a thread 128 registers."""
+        return max(1, self.blocks_in(PROCESSOR_SHARED_BYTES))
+
+    def blocks_in(self, processor_shared_bytes: int) -> int:
+        """Blocks that registers and an SM's shared memory have room for."""
         of_block = round_up(self.shared_bytes + self.static_bytes + SYSTEM_SHARED_BYTES, 128)
-        return max(1, min(WARPS_PER_PROCESSOR // self.warps, PROCESSOR_SHARED_BYTES // of_block))
+        return min(WARPS_PER_PROCESSOR // self.warps, processor_shared_bytes // of_block)
 
     @property
     def channels(self) -> int:

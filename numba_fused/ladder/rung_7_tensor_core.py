@@ -79,7 +79,7 @@ def kernels(shape: TileShape) -> tuple[Any, Any]:
 
     @cuda.jit(launch_bounds=bounds_of_launch)
     def apply_kernel(x, scratch, bias, gamma, beta, out, eps, bounds, seed, dropout):
-        """Pool the moments of the tile's groups, convolve again, and finish."""
+        """Convolve again, pool the moments of the tile's groups, and finish."""
         words, memory = cuda.shared.array(0, uint32), cuda.shared.array(0, float32)
         staged_input = memory[staged_input_at:]
         statistics = cuda.shared.array(statistics_shape, float32)
@@ -90,10 +90,10 @@ def kernels(shape: TileShape) -> tuple[Any, Any]:
             locate(int32(cuda.blockIdx.x), place)
         cuda.syncthreads()
         stage_input(x, staged_input, place, 0)
-        group_statistics(scratch, eps, statistics, place)
         ptx.wait_for_copies()
         cuda.syncthreads()
         accumulate(acc, x, scratch, words, staged_input, peaks, place)
+        group_statistics(scratch, eps, statistics, place)
         finish(acc, scratch, bias, gamma, beta, statistics, place, bounds, seed, dropout)
         cuda.syncthreads()  # others may still read the words where the output is staged
         store(acc, memory, out, place)

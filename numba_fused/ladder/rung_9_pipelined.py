@@ -2,15 +2,18 @@
 
 The accumulators of all resident blocks together hold more than a sample: 264 blocks of 16,384
 values are 17 MB on an H200, and a sample of the benchmark case is 3.4. So nobody has to convolve
-twice. A block convolves its tile, publishes its moments, counts itself as arrived, waits until
-the sample's other tiles have arrived, and finishes from registers; then it takes the next tile.
-The grid is as large as the GPU can hold at once (a cooperative launch guarantees it), and a
-sample's tiles are taken by neighbouring blocks at the same time, so every wait ends.
+twice. A block convolves its tile, publishes its sums, starts to stage the input of its next tile,
+waits for the sums of the sample's other tiles, and finishes from registers.
 
-While one block waits or stores, the other block of its SM computes.
+Sums need neither counter nor fence: before the launch each is marked as absent by bits that no
+arithmetic makes, so a reader sees by the value itself whether it is there. The grid is as large as
+the GPU can hold at once (a cooperative launch guarantees it), and a sample's tiles are taken by
+neighbouring blocks at the same time, so every wait ends.
 
-Launch: a kernel that packs the weights, then persistent blocks.
-Shapes: x (N, C, D, H, W); out flat; partial (N, tiles, 3, K); counters (N,) arrivals.
+While one block waits, the other block of its SM computes, and the copy engine writes.
+
+Launch: a kernel that packs the weights and marks the sums as absent, then persistent blocks.
+Shapes: x (N, C, D, H, W); out flat; scratch: packed weights, factors, (N, records, tiles, 2) sums.
 Bytes:  x once, out once: nothing is left to save.
 """
 
@@ -30,6 +33,7 @@ from numba_fused.ladder.tensor_cores import (
     LEAST_CAPABILITY,
     TileKind,
     prepare,
+    processor_shared_bytes,
     tile_ledger,
     tile_limit,
     tile_shape,
@@ -100,7 +104,7 @@ def resident_blocks(shape: TileShape) -> int:
     processors = H200_PROCESSORS
     if torch.cuda.is_available():
         processors = torch.cuda.get_device_properties().multi_processor_count
-    return processors * shape.blocks_per_processor
+    return processors * shape.blocks_in(processor_shared_bytes())
 
 
 def limit(spec: BlockSpec) -> str | None:

@@ -16,7 +16,13 @@ from numba_fused.device.fragments import THREADS as PACK_THREADS
 from numba_fused.device.fragments import pack_kernel
 from numba_fused.device.launch import Launcher
 from numba_fused.device.pointwise import clip_bounds
-from numba_fused.device.tile_shape import LONGEST_WINDOW, WARP, TileShape, Triple
+from numba_fused.device.tile_shape import (
+    LONGEST_WINDOW,
+    PROCESSOR_SHARED_BYTES,
+    WARP,
+    TileShape,
+    Triple,
+)
 from numba_fused.ladder.rung import Ledger, Operands, sample_limit, seed_bytes, vector_bytes
 from numba_fused.spec import BlockSpec
 
@@ -93,6 +99,8 @@ def _candidates(spec: BlockSpec, kind: TileKind) -> list[TileShape]:
     kernel = _triple(spec.volume(spec.weight_shape)[2:])
     all_planes = -(-kernel[0] * spec.in_channels // (2 * kind.values_per_word))
     planes_at_a_time = {1, 2, *range(4, all_planes, 4), all_planes}
+    # All of an SM's, but for what the system takes and a block's few arrays of fixed size.
+    largest = min(LARGEST_SHARED_BYTES, processor_shared_bytes() - 4 * 1024)
     fitting: list[TileShape] = []
     for rows, columns in itertools.product((1, 2, 4, 8), repeat=2):
         if rows * columns * channel_warps > MOST_WARPS:
@@ -117,7 +125,7 @@ def _candidates(spec: BlockSpec, kind: TileKind) -> list[TileShape]:
             bulk_copies=True,
         )
         choices = (replace(tile, planes=p) for p in planes_at_a_time if p <= all_planes)
-        fitting += [tile for tile in choices if tile.shared_bytes <= LARGEST_SHARED_BYTES]
+        fitting += [tile for tile in choices if tile.shared_bytes <= largest]
     return fitting
 
 
@@ -176,6 +184,14 @@ class TilePlan:
 
 
 tile_plan = lru_cache(maxsize=4096)(TilePlan)
+
+
+@cache
+def processor_shared_bytes() -> int:
+    """Shared memory of an SM of the current GPU; an H200's where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties().shared_memory_per_multiprocessor
+    return PROCESSOR_SHARED_BYTES
 
 
 @cache
