@@ -20,8 +20,9 @@ from numba_fused.verify import rounded_to_tf32
 pytestmark = pytest.mark.filterwarnings("ignore::numba_fused.DegenerateChainWarning")
 
 VARIANTS = ["auto", *nf.ladder.names()]
-CHAIN_VARIANTS = [variant for variant in VARIANTS if variant != "algebra"]
-OPERANDS = random_operands((2, 3, 5, 9), (4, 3, 2, 3))
+# For promises that the function keeps for all of them in one place.
+FEW = ["auto", "torch", "unfused", "recompute", "pipelined"]
+OPERANDS = random_operands((2, 3, 4, 6), (4, 3, 2, 2))
 CALL: dict[str, Any] = {
     "num_groups": 2,
     "padding": (1, 0),
@@ -29,7 +30,7 @@ CALL: dict[str, Any] = {
     "training": True,
     **BOUNDS,
 }
-SHAPE = (2, 4, 6, 7)
+SHAPE = (2, 4, 5, 5)
 
 
 def call(**changes: Any) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def test_groups_of_the_convolution(variant: str) -> None:
     torch.testing.assert_close(out, nf.reference(*operands, **call(groups=2), seed=3))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", FEW)
 def test_inputs_may_have_any_strides_and_stay_as_they_are(variant: str) -> None:
     strided = OPERANDS._replace(
         x=OPERANDS.x.to(memory_format=torch.channels_last),
@@ -111,7 +112,7 @@ def test_inputs_may_have_any_strides_and_stay_as_they_are(variant: str) -> None:
 
 
 @pytest.mark.parametrize("absent", ["bias", "gamma", "beta"])
-@pytest.mark.parametrize("variant", CHAIN_VARIANTS)
+@pytest.mark.parametrize("variant", FEW)
 def test_any_vector_may_be_absent(variant: str, absent: str) -> None:
     operands = judged(variant)
     neutral = operands._replace(**{absent: torch.full((4,), float(absent == "gamma"))})
@@ -199,7 +200,7 @@ def test_the_generator_is_left_alone_where_nothing_is_drawn(
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", FEW)
 def test_eval_mode_is_p_0(variant: str) -> None:
     in_eval = fused(*OPERANDS, **call(variant=variant, training=False))
     assert (in_eval != 0).all()
@@ -208,10 +209,10 @@ def test_eval_mode_is_p_0(variant: str) -> None:
     torch.testing.assert_close(in_training, in_eval * kept(3) / 0.75)
 
 
-@pytest.mark.parametrize("variant", CHAIN_VARIANTS)
+@pytest.mark.parametrize("variant", FEW)
 def test_p_1_gives_zeros_and_keeps_nan(variant: str) -> None:
     weight = OPERANDS.weight.clone()
-    weight[1, 2, 0, 2] = math.nan  # of channel 1, which is in group 0 of 2
+    weight[1, 2, 0, 1] = math.nan  # of channel 1, which is in group 0 of 2
     out = fused(OPERANDS.x, weight, *OPERANDS[2:], **call(variant=variant, dropout_p=1.0))
     expected = torch.zeros(SHAPE)
     expected[:, :2] = math.nan
@@ -254,7 +255,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "channel count": ({"x": X[:, :2]}, RuntimeError, "3 channels .*got 2"),
     "groups": ({"groups": 3}, RuntimeError, "groups=3"),
     "num_groups": ({"num_groups": 3}, RuntimeError, "4 channels and num_groups=3"),
-    "kernel beyond the input": ({"x": X[..., :2]}, RuntimeError, r"\[7, 2\].*smaller.*\[2, 3\]"),
+    "kernel beyond the input": ({"x": X[..., :1]}, RuntimeError, r"\[6, 1\].*smaller.*\[2, 2\]"),
     "stride 0": ({"stride": 0}, RuntimeError, "stride must be at least 1, but got"),
     "negative padding": ({"padding": -1}, RuntimeError, "padding must be at least 0, but got"),
     "p above 1": ({"dropout_p": 1.5}, ValueError, "between 0 and 1, but got 1.5"),
@@ -317,12 +318,13 @@ def test_shapes_that_would_simulate_for_hours_are_refused(monkeypatch: pytest.Mo
     with pytest.raises(ValueError, match=r"variant='unfused'.* limit is .*'auto'.*x.cuda\(\)"):
         fused(x, *OPERANDS[1:], **CALL, variant="unfused")
     for variant in ("auto", "torch"):
-        assert fused(x, *OPERANDS[1:], **CALL, variant=variant).shape == (128, 4, 65, 62)
+        assert fused(x, *OPERANDS[1:], **CALL, variant=variant).shape == (128, 4, 65, 63)
 
 
 def test_a_variant_that_cannot_run_the_shape_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     module = nf.ladder.get("epilogue").module
     monkeypatch.setattr(module, "limit", lambda spec: "4 channels, at most 3", raising=False)
+    monkeypatch.setattr(nf.ladder, "_bound", {})  # an equal call may be remembered as runnable
     with pytest.raises(ValueError, match="'epilogue' cannot run this shape: 4 channels"):
         fused(*OPERANDS, **CALL, variant="epilogue")
 

@@ -7,6 +7,7 @@ out as in the tables of NVIDIA's "PTX ISA". The same kernels are compiled to see
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 import subprocess
@@ -17,15 +18,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numba import cuda, float32, int32, uint32, uint64
+from numba import cuda, float32, float64, int32, uint32, uint64
 
 import numba_fused
 from numba_fused.device import ptx
+from numba_fused.device.tensor_tile import ABSENT
 from numba_fused.ladder.rung import gpu_launcher
 from numba_fused.simulator import Simulator
 
 WARP = 32
 VALUES = 4 * WARP
+TWO_WARPS = 2 * VALUES
 ARCHITECTURES = {"sm_80": (8, 0), "sm_90a": (9, 0, "a")}
 SPACES = ("global", "shared")
 
@@ -102,6 +105,12 @@ def pack_kernel(low, high, out):
 def split_kernel(low, high, out, rest):
     i = cuda.threadIdx.x
     out[i], rest[i] = ptx.split_halves(low[i], high[i])
+
+
+@cuda.jit
+def high_bits_kernel(values, out):
+    i = cuda.threadIdx.x
+    out[i] = ptx.high_bits(values[i])
 
 
 @cuda.jit
@@ -257,6 +266,17 @@ def test_split_infinities_and_nan_stay_out_of_range(launch: Launch) -> None:
     assert not left_over[:, 1].any()
 
 
+def test_the_upper_word_of_a_double_holds_sign_and_exponent(launch: Launch) -> None:
+    special = [0.0, -0.0, 1.0, -np.pi, 2.0**-1074, np.inf, -np.inf]
+    values = padded([*special, *np.random.default_rng(4).normal(size=20)], np.float64)
+    values[-2:].view(np.uint64)[:] = 0xFFFFFFFF00000001, 0x7FF8000000000000  # NaNs
+    out = np.zeros(WARP, np.uint32)
+    launch(high_bits_kernel, values, out)
+    assert out.tolist() == [struct.unpack("<II", struct.pack("<d", v))[1] for v in values]
+    assert out[:3].tolist() == [0, 0x80000000, 0x3FF00000]
+    assert out[-2] == ABSENT
+
+
 @pytest.mark.parametrize("threads", [WARP, 3 * WARP])
 def test_a_thread_is_counted_in_its_block_and_a_lane_in_its_warp(
     launch: Launch, threads: int
@@ -307,15 +327,36 @@ def reverse_pairs_kernel(source, staged_out, target):
 
 
 @cuda.jit
-def load_fresh_kernel(source, target):
+def publish_kernel(values, words):
+    """Lane i publishes its value to double 31 - i."""
     i = cuda.threadIdx.x
-    target[i] = ptx.load_fresh(source, uint64(31 - i))
+    ptx.publish(words, uint64(2 * (31 - i)), values[i])
 
 
 @cuda.jit
-def load_acquire_kernel(source, target):
+def load_published_kernel(words, values):
     i = cuda.threadIdx.x
-    target[i] = ptx.load_acquire(source, uint64(31 - i))
+    values[i] = ptx.load_published(words, uint64(2 * (31 - i)))
+
+
+@cuda.jit
+def relay_kernel(values, words, out):
+    """Block b waits for what block b + 1 publishes, adds its own value and publishes the sum.
+
+    A whole warp waits, and each lane for its own: only what is published may be used.
+    """
+    i, b = cuda.threadIdx.x, cuda.blockIdx.x
+    total = values[b]
+    if b + 1 < cuda.gridDim.x:
+        at = uint64(2 * (WARP * (b + 1) + i))
+        found = ptx.load_published(words, at)
+        while ptx.high_bits(found) == ABSENT:
+            cuda.nanosleep(40)
+            found = ptx.load_published(words, at)
+        total += found
+    ptx.publish(words, uint64(2 * (WARP * b + i)), total)
+    if b == 0:
+        out[i] = total
 
 
 @cuda.jit
@@ -339,6 +380,49 @@ def copy_values_kernel(source, inside, out):
     out[i] = staged[i]
 
 
+@cuda.jit
+def copy_out_kernel(source, values, out):
+    """Two warps fill shared memory; a thread of the first copies out what the second has stored."""
+    staged = cuda.shared.array(TWO_WARPS, float32)
+    i = cuda.threadIdx.x
+    for j in range(4):
+        staged[4 * i + j] = source[4 * i + j]
+    ptx.hand_to_copy_engine()
+    cuda.syncthreads()
+    if i == 5:
+        ptx.copy_out(out, uint64(8), staged, uint64(VALUES), values[0])
+    ptx.wait_for_copies_out()
+
+
+@cuda.jit
+def copy_out_twice_kernel(source, values, first, second):
+    """Lane 7 copies out what the warp has stored, twice, with other values each time."""
+    staged = cuda.shared.array(VALUES, float32)
+    i = cuda.threadIdx.x
+    for j in range(4):
+        staged[4 * i + j] = source[4 * i + j]
+    ptx.hand_to_copy_engine()
+    cuda.syncthreads()
+    if i == 7:
+        ptx.copy_out(first, uint64(0), staged, uint64(0), values[0])
+        ptx.wait_for_copies_out()
+    cuda.syncthreads()
+    for j in range(4):
+        staged[4 * i + j] = source[VALUES + 4 * i + j]
+    ptx.hand_to_copy_engine()
+    cuda.syncthreads()
+    if i == 7:
+        ptx.copy_out(second, uint64(0), staged, uint64(0), values[0])
+        ptx.wait_for_copies_out()
+
+
+def bulk_copies_here(launch: Launch) -> bool:
+    """Whether where the kernel runs there is a copy engine: the simulator has one."""
+    if launch.__name__ == "simulated":
+        return True
+    return torch.cuda.get_device_capability() >= (9, 0)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.uint32])
 @pytest.mark.parametrize(
     ("kernel", "width"), [(reverse_quads_kernel, 4), (reverse_pairs_kernel, 2)]
@@ -356,19 +440,88 @@ def test_vectors_are_loaded_and_stored_in_order(
     assert target.tolist() == [*used[::-1], *rest]
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.uint32, np.int32])
-def test_fresh_loads_read_one_value(launch: Launch, dtype: type) -> None:
-    source, target = (np.arange(WARP) * 3 - 7).astype(dtype), np.zeros(WARP, dtype)
-    launch(load_fresh_kernel, source, target)
-    assert target.tolist() == source[::-1].tolist()
+def doubles() -> np.ndarray:
+    """Of every magnitude, both words of each unlike the other; special values, and two NaNs."""
+    generator = np.random.default_rng(5)
+    values = generator.normal(size=WARP) * 2.0 ** np.linspace(-1022, 1000, WARP)
+    values[:6] = 0.0, -0.0, np.inf, -np.inf, 2.0**-1074, np.finfo(np.float64).max
+    values[6:8].view(np.uint64)[:] = 0x7FF8000012345678, 0xFFF8000000000000
+    return values
 
 
-def test_acquiring_loads_read_a_counter_and_leave_it(launch: Launch) -> None:
-    source, target = (np.arange(WARP) * 3 - 7).astype(np.int32), np.zeros(WARP, np.int32)
-    before = source.copy()
-    launch(load_acquire_kernel, source, target)
-    assert target.tolist() == before[::-1].tolist()
-    assert source.tolist() == before.tolist()
+def test_a_published_double_is_its_two_words_lower_first(launch: Launch) -> None:
+    values, words = doubles(), np.zeros(2 * WARP, np.uint32)
+    launch(publish_kernel, values, words)
+    assert words.view(np.uint64).tolist() == values.view(np.uint64)[::-1].tolist()
+
+
+def test_published_doubles_are_read_and_left_alone(launch: Launch) -> None:
+    words, values = doubles().view(np.uint32), np.zeros(WARP, np.float64)
+    before = words.copy()
+    launch(load_published_kernel, words, values)
+    assert values.view(np.uint64).tolist() == before.view(np.uint64)[::-1].tolist()
+    assert words.tolist() == before.tolist()
+
+
+@pytest.mark.parametrize("schedule", [None, 1, 2, 3])
+def test_blocks_wait_for_what_others_publish(schedule: int | None) -> None:
+    """In natural order the first block comes first and has to wait for all others."""
+    blocks = 5
+    values = 1 + 2.0 ** -np.arange(10, 10 + blocks)
+    words, out = np.full(2 * WARP * blocks, ABSENT), np.zeros(WARP)
+    Simulator(schedule_seed=schedule, check_races=True).launch(
+        relay_kernel, blocks, WARP, values, words, out
+    )
+    assert out.tolist() == [values.sum()] * WARP
+
+
+@pytest.mark.gpu
+def test_blocks_wait_for_what_others_publish_on_a_gpu() -> None:
+    blocks = 64
+    values = 1 + 2.0 ** -np.arange(blocks, dtype=np.float64)
+    words = torch.full((2 * WARP * blocks,), -1, dtype=torch.int32).view(torch.uint32).cuda()
+    out = torch.zeros(WARP, dtype=torch.float64).cuda()
+    launcher = gpu_launcher(out.device)
+    launcher(
+        relay_kernel, blocks, WARP, torch.from_numpy(values).cuda(), words, out, cooperative=True
+    )
+    expected = 0.0
+    for value in values[::-1].tolist():  # in the order of the blocks
+        expected += value
+    assert out.tolist() == [expected] * WARP
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.5], ids=str)
+def test_no_arithmetic_makes_what_stands_for_an_absent_record(value: float) -> None:
+    """Its upper word is a NaN's with every bit set: neither Python's NaN nor 0 / 0 has it."""
+    with np.errstate(invalid="ignore"):
+        made = np.array([value, -value, np.float64(0) * value, np.float64(value) - value])
+    assert ABSENT not in made.view(np.uint32)[1::2]
+    assert np.isnan(np.array([0, ABSENT], np.uint32).view(np.float64)[0])
+
+
+@pytest.mark.parametrize("values", [4, 8, 60, VALUES])
+def test_bulk_copies_write_a_run_and_nothing_beyond(launch: Launch, values: int) -> None:
+    """From the second warp's half of shared memory, which another thread has filled."""
+    if not bulk_copies_here(launch):
+        pytest.skip("this GPU has no copy engine for shared memory")
+    source = np.arange(1, 2 * VALUES + 1).astype(np.float32)
+    out = np.full(2 * VALUES, np.nan, np.float32)
+    launch(copy_out_kernel, source, np.array([values], np.int32), out, threads=2 * WARP)
+    assert out[8 : 8 + values].tolist() == source[VALUES : VALUES + values].tolist()
+    assert np.isnan(out[:8]).all()
+    assert np.isnan(out[8 + values :]).all()
+
+
+@pytest.mark.parametrize("values", [4, VALUES])
+def test_what_a_bulk_copy_has_read_may_be_overwritten(launch: Launch, values: int) -> None:
+    if not bulk_copies_here(launch):
+        pytest.skip("this GPU has no copy engine for shared memory")
+    source = np.arange(1, 2 * VALUES + 1).astype(np.float32)
+    first, second = np.full((2, VALUES), np.nan, np.float32)
+    launch(copy_out_twice_kernel, source, np.array([values], np.int32), first, second)
+    assert first[:values].tolist() == source[:values].tolist()
+    assert second[:values].tolist() == source[VALUES : VALUES + values].tolist()
 
 
 @pytest.mark.parametrize(("kernel", "width"), [(copy_quads_kernel, 4), (copy_values_kernel, 1)])
@@ -494,7 +647,7 @@ def test_matrix_instructions_multiply_the_documented_fragments(
 
 # ---- what they compile to -----------------------------------------------------------------------
 
-F32, U32, I32 = (t[::1] for t in (float32, uint32, int32))
+F32, F64, U32, I32 = (t[::1] for t in (float32, float64, uint32, int32))
 MMA_TYPES = (uint32[:, ::1], float32[:, ::1], float32[:, ::1])
 VECTORS = {4: reverse_quads_kernel, 2: reverse_pairs_kernel}
 
@@ -519,16 +672,35 @@ INSTRUCTIONS: list[tuple[Any, Any, tuple[Any, ...], list[str]]] = [
         ]
         for element in (F32, U32)
     ),
-    (ptx.load_fresh, load_fresh_kernel, (F32, F32), ["ld.relaxed.gpu.global.f32"]),
-    (ptx.load_fresh, load_fresh_kernel, (I32, I32), ["ld.relaxed.gpu.global.u32"]),
-    (ptx.load_acquire, load_acquire_kernel, (I32, I32), ["ld.acquire.gpu.global.u32"]),
+    (ptx.high_bits, high_bits_kernel, (F64, U32), ["mov.b64 {low, "]),
+    (ptx.publish, publish_kernel, (F64, U32), ["st.relaxed.gpu.global.f64"]),
+    (ptx.load_published, load_published_kernel, (U32, F64), ["ld.relaxed.gpu.global.f64"]),
     (ptx.warp_max, warp_max_kernel, (U32, U32), ["redux.sync.max.u32"]),
     (ptx.mma_half, mma_half_kernel, MMA_TYPES, ["mma.sync.aligned.m16n8k16"]),
     (ptx.mma_tf32, mma_tf32_kernel, MMA_TYPES, ["mma.sync.aligned.m16n8k8"]),
     (ptx.copy_async_4, copy_quads_kernel, (F32, I32, F32), ["cp.async.cg.shared.global"]),
     (ptx.copy_async_1, copy_values_kernel, (F32, I32, F32), ["cp.async.ca.shared.global"]),
     (ptx.wait_for_copies, copy_values_kernel, (F32, I32, F32), ["cp.async.wait_all"]),
+    (
+        ptx.copy_out,
+        copy_out_kernel,
+        (F32, I32, F32),
+        ["cp.async.bulk.global.shared::cta.bulk_group", "cp.async.bulk.commit_group"],
+    ),
+    (
+        ptx.hand_to_copy_engine,
+        copy_out_kernel,
+        (F32, I32, F32),
+        ["fence.proxy.async.shared::cta"],
+    ),
+    (
+        ptx.wait_for_copies_out,
+        copy_out_twice_kernel,
+        (F32, I32, F32, F32),
+        ["cp.async.bulk.wait_group.read 0"],
+    ),
 ]
+BULK_COPIES = {copy_out_kernel, copy_out_twice_kernel}  # sm_80 has no instructions for them
 
 
 def compiled(kernel: Any, types: tuple[Any, ...], architecture: str) -> str:
@@ -552,6 +724,11 @@ def assembled(source: str, architecture: str, cubin: Path) -> str:
     return done.stderr
 
 
+def disassembly(cubin: Path) -> str:
+    command = [tool("nvdisasm"), "-c", cubin]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def tool(name: str) -> Path:
     """A program of the CUDA toolkit, from NVIDIA's Python packages."""
     nvidia = pytest.importorskip("nvidia", reason=f"pip install nvidia-cuda-nvcc brings {name}")
@@ -560,11 +737,16 @@ def tool(name: str) -> Path:
     return found[0]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
-    ("kernel", "types", "parts"),
-    [row[1:] for row in INSTRUCTIONS],
-    ids=[f"{row[0].__name__}-{row[2][0].dtype}" for row in INSTRUCTIONS],
+    ("kernel", "types", "parts", "architecture"),
+    [
+        pytest.param(
+            *row[1:], architecture, id=f"{row[0].__name__}-{row[2][0].dtype}-{architecture}"
+        )
+        for row in INSTRUCTIONS
+        for architecture in ARCHITECTURES
+        if architecture == "sm_90a" or row[1] not in BULK_COPIES
+    ],
 )
 def test_the_compiler_emits_the_instruction_and_the_assembler_takes_it(
     kernel: Any, types: tuple[Any, ...], parts: list[str], architecture: str, tmp_path: Path
@@ -572,6 +754,25 @@ def test_the_compiler_emits_the_instruction_and_the_assembler_takes_it(
     source = compiled(kernel, types, architecture)
     assert [part for part in parts if part not in source] == []
     assembled(source, architecture, tmp_path / "kernel.cubin")
+
+
+# Machine instructions whose names tell what ptxas made of the PTX: one 64-bit access past the
+# first-level cache for a published double, and the copy engine for a bulk copy.
+@pytest.mark.parametrize(
+    ("kernel", "types", "name"),
+    [
+        (publish_kernel, (F64, U32), "STG.E.64.STRONG.GPU"),
+        (load_published_kernel, (U32, F64), "LDG.E.64.STRONG.GPU"),
+        (copy_out_kernel, (F32, I32, F32), "UBLKCP.G.S"),
+        (copy_out_kernel, (F32, I32, F32), "FENCE.VIEW.ASYNC.S"),
+    ],
+)
+def test_machine_instructions_of_what_blocks_tell_each_other(
+    kernel: Any, types: tuple[Any, ...], name: str, tmp_path: Path
+) -> None:
+    cubin = tmp_path / "kernel.cubin"
+    assembled(compiled(kernel, types, "sm_90a"), "sm_90a", cubin)
+    assert f" {name}" in disassembly(cubin)
 
 
 @pytest.mark.parametrize(

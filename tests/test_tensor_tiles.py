@@ -7,8 +7,9 @@ its seams, the scales that keep halves from overflowing, and the blocks that wai
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,12 +27,25 @@ from definition import (
 )
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from numba import cuda
 from test_ladder import SEED, TENSOR, TRAINING, assert_accurate, bits, mask, plant, run, spec_of
 
 from numba_fused import bench, ladder, verify
-from numba_fused.device.tile_shape import LONGEST_WINDOW, WARP, TileShape, round_up
-from numba_fused.ladder import rung_9_pipelined, tensor_cores
+from numba_fused.device import fragments, ptx
+from numba_fused.device.tensor_tile import ABSENT
+from numba_fused.device.tile_shape import (
+    LONGEST_WINDOW,
+    PROCESSOR_SHARED_BYTES,
+    RECORD_WORDS,
+    SYSTEM_SHARED_BYTES,
+    WARP,
+    WARPS_PER_PROCESSOR,
+    TileShape,
+    round_up,
+)
+from numba_fused.ladder import rung_7_tensor_core, rung_8_split, rung_9_pipelined, tensor_cores
 from numba_fused.ladder.rung import once
+from numba_fused.ladder.tensor_cores import TileKind
 from numba_fused.simulator import Simulator
 from numba_fused.spec import BlockSpec
 
@@ -39,10 +53,20 @@ WORD_FORMATS = ["tensor_core", "pipelined"]  # words of one TF32 value, words of
 UNBOUNDED = {"min_value": -math.inf, "max_value": math.inf, "cap": math.inf}
 
 
-def shape_of(rung: str, spec: BlockSpec, aligned: bool = True) -> TileShape:
+def kind_of(rung: str, spec: BlockSpec) -> TileKind:
     if rung == "tensor_core":
-        return tensor_cores.tile_shape(spec, 1, False, aligned)
-    return tensor_cores.tile_shape(spec, 2, spec.precision == "ieee", aligned)
+        return rung_7_tensor_core.KIND
+    return {"split": rung_8_split, "pipelined": rung_9_pipelined}[rung].kind(spec)
+
+
+def shape_of(rung: str, spec: BlockSpec, aligned: bool = True) -> TileShape:
+    return tensor_cores.tile_shape(spec, kind_of(rung, spec), aligned)
+
+
+def group_records(shape: TileShape) -> int:
+    """Records of one group of a sample: what a warp pools."""
+    positions = shape.tiles_per_sample // shape.tiles[0]
+    return shape.group_channels // shape.record_channels * positions
 
 
 def forget_shapes() -> None:
@@ -53,18 +77,26 @@ def forget_shapes() -> None:
 
 
 @pytest.fixture
-def limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+def limits() -> Iterator[Callable[..., None]]:
     """Sets limits of `tensor_cores`, so that small problems need many tiles or chunks."""
+    with pytest.MonkeyPatch.context() as patch:
 
-    def change(**values: int) -> None:
-        monkeypatch.undo()
-        for name, value in values.items():
-            monkeypatch.setattr(tensor_cores, name, value)
-        forget_shapes()
+        def change(**values: Any) -> None:
+            patch.undo()
+            for name, value in values.items():
+                patch.setattr(tensor_cores, name, value)
+            forget_shapes()
 
-    yield change
-    monkeypatch.undo()
+        yield change
     forget_shapes()
+
+
+COST = tensor_cores._cost
+
+
+def fewest_planes(tile: TileShape) -> Any:
+    """A cost by which a tile's input comes in as many chunks as can be."""
+    return tile.planes, COST(tile)
 
 
 # ---- the numbers of a tile ----------------------------------------------------------------------
@@ -103,8 +135,47 @@ KB83 = shape_of("split", bench.case_spec("kb83"))
 @given(shapes())
 def test_a_tile_fits_into_a_block(shape: TileShape) -> None:
     assert shape.shared_bytes <= tensor_cores.LARGEST_SHARED_BYTES
+    assert shape.shared_bytes + shape.static_bytes + SYSTEM_SHARED_BYTES <= PROCESSOR_SHARED_BYTES
     assert shape.warps <= tensor_cores.MOST_WARPS
     assert shape.window_slots <= LONGEST_WINDOW
+
+
+@given(shapes())
+def test_blocks_share_a_processor(shape: TileShape) -> None:
+    """Its memory and its registers, of which a thread has 128; one more would not fit."""
+    blocks = shape.blocks_per_processor
+    of_block = shape.shared_bytes + shape.static_bytes + SYSTEM_SHARED_BYTES
+    assert blocks * shape.threads * 128 <= 65_536
+    assert blocks * of_block <= PROCESSOR_SHARED_BYTES
+    too_many_warps = (blocks + 1) * shape.warps > WARPS_PER_PROCESSOR
+    assert too_many_warps or (blocks + 1) * (of_block + 127) > PROCESSOR_SHARED_BYTES
+
+
+@given(shapes())
+def test_regions_of_shared_memory_do_not_overlap(shape: TileShape) -> None:
+    """The output lies where the words were; the input that is staged meanwhile lies behind both."""
+    staged = shape.staged_planes * shape.in_rows * shape.staged_row
+    assert shape.words <= shape.staged_input_at
+    assert shape.channels * shape.channel_stride <= shape.staged_input_at
+    assert shape.rows * shape.out_row <= shape.channel_stride
+    assert 4 * (shape.staged_input_at + staged) == shape.shared_bytes
+    assert shape.staged_input_at % 4 == 0
+
+
+@given(shapes())
+def test_the_copy_engine_is_asked_for_aligned_runs(shape: TileShape) -> None:
+    """Of every channel of every tile, the last of a sample included, in both memories."""
+    if not shape.bulk_store:
+        assert not (shape.aligned and shape.whole_rows and math.prod(shape.out_size[1:]) % 4 == 0)
+        return
+    _, height, width = shape.out_size
+    assert shape.channel_stride % 4 == 0
+    for row in range(0, height, shape.rows):
+        assert row * width % 4 == 0
+        assert min(shape.rows, height - row) * width % 4 == 0
+    assert height * width % 4 == 0
+    assert not dataclasses.replace(shape, bulk_copies=False).bulk_store
+    assert not dataclasses.replace(shape, aligned=False).bulk_store
 
 
 @given(shapes())
@@ -185,6 +256,24 @@ def test_windows_over_four_planes_have_banks_of_their_own(shape: TileShape) -> N
         assert passes(shape, window) <= (1 if whole else 2)
 
 
+def test_a_tile_of_the_benchmark_leaves_room_for_a_second_block() -> None:
+    assert (KB83.tiles, KB83.chunks) == ((1, 4, 1), 1)
+    assert KB83.bulk_store
+    assert KB83.blocks_per_processor == 2
+
+
+def test_less_memory_makes_more_chunks(limits: Callable[..., None]) -> None:
+    spec = BlockSpec.from_arguments((1, 40, 9, 20), (8, 40, 3, 3), num_groups=2, **BOUNDS)
+    chunks = []
+    for kilobytes in (224, 40, 20):
+        limits(LARGEST_SHARED_BYTES=1024 * kilobytes, _cost=lambda tile: (-tile.planes, COST(tile)))
+        shape = shape_of("split", spec)
+        assert shape.shared_bytes <= 1024 * kilobytes
+        chunks.append(shape.chunks)
+    assert chunks == sorted(set(chunks))
+    assert chunks[0] == 1
+
+
 def test_windows_of_the_benchmark_have_banks_of_their_own() -> None:
     assert KB83.planes == 3
     assert [passes(KB83, window) for window in range(KB83.windows)] == [1, 1]
@@ -200,19 +289,53 @@ def test_records_pool_channels_of_one_group_in_one_tile(shape: TileShape) -> Non
 # ---- seams --------------------------------------------------------------------------------------
 
 # name: (x shape, weight shape, arguments, changes to the limits)
-SEAMS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any], dict[str, int]]] = {
+SEAMS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any], dict[str, Any]]] = {
     "tiles along every axis": (
-        (1, 2, 3, 10, 18),
-        (17, 2, 2, 2, 2),
+        (1, 1, 3, 10, 18),
+        (17, 1, 2, 2, 2),
         {"num_groups": 1},
         {"MOST_WARPS": 1},
     ),
-    "a group across channel tiles": ((1, 1, 2, 3), (130, 1, 1, 2), {"num_groups": 26}, {}),
+    "a group across channel tiles": (
+        (1, 1, 2, 3),
+        (18, 1, 1, 2),
+        {"num_groups": 6},
+        {"MOST_WARPS": 1},
+    ),
     "warps along rows and columns": ((1, 1, 11, 19), (2, 1, 3, 3), {"num_groups": 2}, {}),
-    "a last row and a last column": ((2, 1, 9, 33), (4, 1, 1, 1), {"num_groups": 2}, {}),
+    "a last row and a last column": (
+        (2, 1, 9, 17),
+        (4, 1, 1, 1),
+        {"num_groups": 2},
+        {"MOST_WARPS": 1},
+    ),
     "warps along channels": ((1, 3, 2, 5), (40, 3, 1, 2), {"num_groups": 8}, {}),
-    "chunks": ((1, 9, 20), (5, 9, 3), {"num_groups": 5}, {"SHARED_BYTES": 10_000}),
-    "40 channels, 5 to a group": ((1, 40, 17), (10, 40, 2), {"num_groups": 2}, {}),
+    "chunks": ((1, 9, 20), (5, 9, 3), {"num_groups": 5}, {"_cost": fewest_planes}),
+    "chunks in several tiles": (
+        (1, 9, 9, 6),
+        (3, 9, 1, 3),
+        {"num_groups": 3},
+        {"_cost": fewest_planes, "MOST_WARPS": 1},
+    ),
+    "10 channels, 5 to a group": ((1, 12, 17), (10, 12, 2), {"num_groups": 2}, {}),
+    "several records a lane": (
+        (1, 1, 3, 9, 17),
+        (5, 1, 1, 1, 1),
+        {"num_groups": 1},
+        {"MOST_WARPS": 1},
+    ),
+    "a last row stored in bulk": (
+        (1, 1, 9, 12),
+        (2, 1, 1, 1),
+        {"num_groups": 1},
+        {"MOST_WARPS": 1},
+    ),
+    "parts of rows stored by fours": (
+        (1, 1, 9, 20),
+        (3, 1, 1, 1),
+        {"num_groups": 1},
+        {"MOST_WARPS": 1},
+    ),
     "17 channels in and out": ((1, 17, 2, 6), (17, 17, 2, 2), {"num_groups": 17}, {}),
     "kernel 5, padding 2": (
         (1, 1, 6, 12),
@@ -265,26 +388,143 @@ def test_seams_are_what_they_are_called(limits: Callable[..., None]) -> None:
     assert seam("warps along channels").channel_warps > 2
     for rung in WORD_FORMATS:
         assert seam("chunks", rung).chunks > 1
+        several = seam("chunks in several tiles", rung)
+        assert min(several.chunks, several.tiles_per_sample) > 1
+    assert WARP < group_records(seam("several records a lane")) < 4 * WARP
+    assert group_records(every) > 4 * WARP  # more than a warp loads at once
+    bulk, other = seam("a last row stored in bulk"), seam("parts of rows stored by fours")
+    assert (bulk.bulk_store, bulk.tiles[1], bulk.out_size[1] % bulk.rows) == (True, 2, 1)
+    assert (other.whole_rows, other.store, other.tiles[2]) == (False, 4, 2)
+    assert [seam(name).bulk_store for name in ("width 65", "17 channels in and out")] == [False] * 2
     padded = ("padding 3, stride 2", "kernel 5, padding 2", "padding 1, kernel 3")
     assert [seam(name).shift for name in padded] == [1, 2, 3]
     assert seam("window of 24").window_slots == LONGEST_WINDOW
     assert seam("width 65").tiles[2] > 1
 
 
-@pytest.mark.parametrize("rung", WORD_FORMATS)
-def test_pointers_off_16_bytes_give_the_same_bits(rung: str) -> None:
-    """Views into larger buffers; aligned tensors are copied four values at a time."""
-    operands = random_operands((2, 1, 3, 16), (3, 1, 2, 1))
+# ---- the two ways to write the output ----------------------------------------------------------
+
+# name: (x shape, kernel size, store with the copy engine, store of aligned tensors without it)
+STORES: dict[str, tuple[tuple[int, ...], tuple[int, int], tuple[bool, int], int]] = {
+    "whole rows": ((2, 1, 9, 12), (2, 1), (True, 4), 4),
+    "an odd width": ((1, 1, 9, 9), (1, 3), (False, 1), 1),
+    "an odd width, and a plane of fours": ((1, 1, 8, 9), (1, 3), (True, 4), 4),
+    "more columns than the tile": ((1, 1, 2, 20), (1, 1), (False, 4), 4),
+    "more columns, and odd": ((1, 1, 2, 19), (1, 1), (False, 1), 1),
+}
+
+
+def unaligned(t: torch.Tensor) -> torch.Tensor:
+    """A copy that does not begin at a multiple of 16 bytes: a view into a larger buffer."""
+    view = torch.empty(t.numel() + 1)[1:].view_as(t).copy_(t)
+    assert view.data_ptr() % 16
+    return view
+
+
+@pytest.mark.parametrize(
+    ("rung", "store"),
+    [("tensor_core", "whole rows"), *(("pipelined", store) for store in STORES)],
+)
+def test_every_way_to_store_gives_the_same_bits(
+    rung: str, store: str, limits: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the copy engine, without it, and from and to pointers off 16 bytes."""
+    limits(MOST_WARPS=1)
+    x_shape, kernel, (bulk, with_engine), without = STORES[store]
+    operands = random_operands(x_shape, (3, 1, *kernel))
     spec = spec_of(rung, operands, num_groups=1, **TRAINING)
-    assert (shape_of(rung, spec).vector, shape_of(rung, spec, aligned=False).vector) == (4, 1)
-    assert (shape_of(rung, spec).store, shape_of(rung, spec, aligned=False).store) == (4, 1)
-    expected = run(rung, spec, operands)
-    x = torch.empty(operands.x.numel() + 1)[1:].view_as(operands.x).copy_(operands.x)
-    out = torch.empty(expected.numel() + 1)[1:].view_as(expected)
-    for t in (x, out):
-        assert t.data_ptr() % 16
-    ladder.run(rung, x, *operands[1:], spec=spec, seed=SEED, out=out)
-    assert bits(out) == bits(expected)
+    aligned, off = shape_of(rung, spec), shape_of(rung, spec, aligned=False)
+    assert (aligned.bulk_store, aligned.store) == (bulk, with_engine)
+    assert (off.bulk_store, off.store, off.vector) == (False, 1, 1)
+
+    simulator = Simulator(count=True, check_races=True)
+    out = run(rung, spec, operands, simulator=simulator)
+    assert_accurate(out, spec, operands)
+    called, tiles = simulator.launches[-1].intrinsics, spec.batch * aligned.tiles_per_sample
+    assert called.get("copy_out", 0) == bulk * tiles * spec.out_channels
+    assert called.get("hand_to_copy_engine", 0) == bulk * tiles * aligned.threads
+
+    out_off = unaligned(torch.full(spec.output_shape, torch.nan))
+    x = unaligned(operands.x)
+    ladder.run(rung, x, *operands[1:], spec=spec, seed=SEED, out=out_off)
+    assert bits(out_off) == bits(out)
+    assert torch.equal(x, operands.x)
+
+    monkeypatch.setattr(tensor_cores, "has_bulk_copies", lambda device: False)
+    shape = tensor_cores.tile_plan(spec, kind_of(rung, spec), True, False).shape
+    assert (shape.bulk_store, shape.store) == (False, without)
+    simulator = Simulator(count=True)
+    assert bits(run(rung, spec, operands, simulator=simulator)) == bits(out)
+    assert "copy_out" not in simulator.launches[-1].intrinsics
+
+
+# ---- copies that take their time ----------------------------------------------------------------
+
+Asked = defaultdict[tuple[str, int, int], list[tuple[Any, tuple[Any, ...]]]]
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    """Lets asynchronous copies happen as late as may be: when the thread that asked for them waits.
+
+    In the simulator they are done at once otherwise. What is returned holds those that nobody has
+    waited for.
+    """
+    asked: Asked = defaultdict(list)
+
+    def later(copy: Any, wait: str) -> Any:
+        def ask(target, target_index, source, source_index, what):
+            copies = asked[wait, cuda.blockIdx.x, cuda.threadIdx.x]
+            copies.append((copy, (target, target_index, source, source_index, what)))
+
+        return ask
+
+    def waiting(wait: str) -> Any:
+        def done():
+            for copy, args in asked.pop((wait, cuda.blockIdx.x, cuda.threadIdx.x), []):
+                copy(*args)
+
+        return done
+
+    for wait, copies in {
+        "wait_for_copies": ("copy_async_1", "copy_async_4"),
+        "wait_for_copies_out": ("copy_out",),
+    }.items():
+        for copy in (getattr(ptx, name) for name in copies):
+            monkeypatch.setattr(copy, "simulated_as", later(copy.simulated_as, wait))
+        monkeypatch.setattr(getattr(ptx, wait), "simulated_as", waiting(wait))
+    return asked
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize(
+    ("rung", "schedule"), [("tensor_core", None), ("pipelined", None), ("pipelined", 1)]
+)
+def test_what_is_copied_is_waited_for(
+    rung: str,
+    schedule: int | None,
+    chunks: int,
+    late: Asked,
+    limits: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before it is read, before what it reads is overwritten, and before the kernel ends.
+
+    Two persistent blocks take four tiles: the next one's input is copied to shared memory while
+    they wait, and the one before is still being copied out of it.
+    """
+    limits(MOST_WARPS=1, _cost=fewest_planes)
+    monkeypatch.setattr(rung_9_pipelined, "resident_blocks", lambda shape: 2)
+    sources = 4 if rung == "pipelined" else 2  # of a plane
+    operands = random_operands((2, chunks * sources, 9, 8), (2, chunks * sources, 1, 1))
+    spec = spec_of(rung, operands, num_groups=1, **TRAINING)
+    shape = shape_of(rung, spec)
+    assert (shape.chunks, shape.tiles_per_sample, shape.bulk_store) == (chunks, 2, True)
+    simulator = Simulator(schedule_seed=schedule, check_races=True)
+    out = run(rung, spec, operands, simulator=simulator)
+    assert not late  # nothing is left in flight
+    assert ptx.copy_out.simulated_as.__name__ == "ask"
+    assert_accurate(out, spec, operands)
 
 
 # ---- exact products -----------------------------------------------------------------------------
@@ -382,7 +622,7 @@ def test_the_scale_may_change_from_chunk_to_chunk(
 
     A value 2^-n of the tile's largest keeps 40 - n of its bits, a weight of its channel's, too.
     """
-    limits(SHARED_BYTES=9_000)
+    limits(_cost=fewest_planes)
     operands = random_operands((1, 12, 18), (3, 12, 2))
     factors = torch.tensor(magnitudes).repeat_interleave(4).view(1, 12, 1)
     operands = operands._replace(x=operands.x * factors, weight=operands.weight / factors)
@@ -456,24 +696,150 @@ def test_the_mask_is_keep_mask(rung: str, width: int) -> None:
     assert np.array_equal(run(rung, spec, operands).numpy() != 0, mask(spec))
 
 
+# ---- records ------------------------------------------------------------------------------------
+
+
+class Keeping(Simulator):
+    """Keeps the scratch memory of the last launch, as words."""
+
+    scratch: np.ndarray
+
+    def launch(self, kernel: Any, grid: Any, block: Any, *args: Any, **options: Any) -> None:
+        super().launch(kernel, grid, block, *args, **options)
+        self.scratch = inspect.signature(kernel.py_func).bind(*args).arguments["scratch"].numpy()
+
+    def records(self, shape: TileShape) -> np.ndarray:
+        """(n, record, tile position, sum and sum of squares)."""
+        positions = shape.tiles_per_sample // shape.tiles[0]
+        doubles = self.scratch[shape.records_at :].view(np.float64)
+        return doubles.reshape(-1, shape.records, positions, RECORD_WORDS // 2)
+
+
+def positions(shape: TileShape) -> list[tuple[int, slice, slice]]:
+    """Output plane, rows and columns of each tile position, in order."""
+    depth, height, width = shape.out_size
+    return [
+        (d, slice(h, h + shape.rows), slice(w, w + shape.columns))
+        for d in range(depth)
+        for h in range(0, height, shape.rows)
+        for w in range(0, width, shape.columns)
+    ]
+
+
+@pytest.mark.parametrize(("channels", "num_groups", "pooled"), [(4, 2, 2), (17, 1, 1), (3, 3, 1)])
+@pytest.mark.parametrize("rung", WORD_FORMATS)
+def test_records_are_sums_and_sums_of_squares(
+    rung: str, channels: int, num_groups: int, pooled: int, limits: Callable[..., None]
+) -> None:
+    """One for each sample, run of channels and tile position; what a tile has too much is left out.
+
+    Of values 30 away from zero, so that a position counted twice or not at all would be seen.
+    """
+    limits(MOST_WARPS=1)
+    size = (2, 9, 17) if channels == 4 else (1, 1, 17)
+    operands = random_operands((2, 1, *size), (channels, 1, 1, 1, 1))
+    operands = operands._replace(bias=torch.full((channels,), 30.0))
+    spec = spec_of(rung, operands, num_groups=num_groups)
+    shape, simulator = shape_of(rung, spec), Keeping(check_races=False)
+    assert shape.record_channels == pooled
+    run(rung, spec, operands, simulator=simulator)
+    z = convolution(spec, operands)
+    z = z.reshape(2, shape.records, pooled, *shape.out_size).astype(np.float64)
+    for at, (d, rows, columns) in enumerate(positions(shape)):
+        values = z[:, :, :, d, rows, columns].reshape(2, shape.records, -1)
+        found = simulator.records(shape)[:, :, at]
+        np.testing.assert_allclose(found[..., 0], values.sum(-1), rtol=1e-4)
+        np.testing.assert_allclose(found[..., 1], (values**2).sum(-1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bias", "weight"])
+@pytest.mark.parametrize("rung", WORD_FORMATS)
+def test_no_record_looks_absent_even_of_nan(rung: str, name: str) -> None:
+    """A NaN of the very bits that mark what is absent: whoever published it would be waited for."""
+    operands = random_operands((2, 1, 3, 4), (4, 1, 1, 1))
+    marked = getattr(operands, name).clone()
+    marked.view(-1)[1:2].view(torch.int32).fill_(-1)
+    operands = operands._replace(**{name: marked})
+    spec = spec_of(rung, operands, num_groups=2, **TRAINING)
+    shape, simulator = shape_of(rung, spec), Keeping()
+    out = run(rung, spec, operands, simulator=simulator)
+    assert out[:, :2].isnan().all()
+    assert out[:, 2:].isfinite().all()
+    records = simulator.records(shape)
+    assert np.isnan(records).any()
+    assert ABSENT not in records.view(np.uint32)[..., 1::2]
+
+
+def test_every_record_is_marked_as_absent_and_nothing_else() -> None:
+    """By more blocks than there are weights for; the packed weights are the same as without."""
+    operands = random_operands((36, 1, 4), (16, 1, 1))
+    spec = spec_of("pipelined", operands, num_groups=16)
+    plan = tensor_cores.tile_plan(spec, kind_of("pipelined", spec))
+    shape = plan.shape
+    assert plan.marking_blocks > shape.packed_tiles
+    assert plan.record_words % (plan.marking_blocks * fragments.THREADS)  # the last ones, too
+    packed = []
+    for blocks, absent in [(plan.marking_blocks, plan.record_words), (shape.packed_tiles, 0)]:
+        scratch = np.full(plan.scratch_words, 7, np.uint32)
+        weight = operands.weight.view(-1).numpy()
+        Simulator().launch(
+            fragments.pack_kernel(shape), blocks, fragments.THREADS, weight, scratch, absent
+        )
+        assert (scratch[shape.records_at :] == (ABSENT if absent else 7)).all()
+        packed.append(scratch[: shape.records_at].tolist())
+    assert packed[0] == packed[1]
+    assert len(packed[0]) == shape.fragment_words + 16
+    assert 7 not in packed[0]
+
+
+def test_a_group_of_equal_values_has_no_variance(limits: Callable[..., None]) -> None:
+    """Not even a negative one, by rounding: its root would be NaN, and gamma = 0 leaves beta.
+
+    Of 20 bits, so that the sums are exact; their mean, divided by 51, is not.
+    """
+    limits(MOST_WARPS=1)
+    values = 2**20 - 1 - 38_446 * torch.arange(8)
+    x = values.float().view(8, 1, 1, 1).expand(8, 1, 1, 17).contiguous()
+    operands = Operands(x, torch.ones(3, 1, 1, 1), None, torch.zeros(3), torch.full((3,), 0.25))
+    spec = spec_of("pipelined", operands, num_groups=1)
+    assert shape_of("pipelined", spec).tiles_per_sample > 1
+    assert (run("pipelined", spec, operands) == 0.25).all()
+
+
 # ---- blocks that wait for each other ------------------------------------------------------------
 
 
+@pytest.mark.parametrize("in_channels", [1, 9], ids=["one chunk", "three chunks"])
 def test_persistent_blocks_take_several_samples_in_any_order(
-    limits: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    in_channels: int, limits: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limits(MOST_WARPS=1)
-    operands = random_operands((3, 1, 9, 5), (2, 1, 1, 1))
+    limits(MOST_WARPS=1, _cost=fewest_planes)
+    operands = random_operands((3, in_channels, 9, 2), (2, in_channels, 1, 1))
     spec = spec_of("pipelined", operands, num_groups=1, **TRAINING)
-    assert shape_of("pipelined", spec).tiles_per_sample == 2
+    shape = shape_of("pipelined", spec)
+    assert (shape.tiles_per_sample, shape.chunks) == (2, -(-in_channels // 4))
     all_resident = run("pipelined", spec, operands)
-    for blocks, schedule in [(2, None), (2, 1), (3, 2)]:
+    for blocks, schedule in [(2, None), (3, 2)]:
         monkeypatch.setattr(rung_9_pipelined, "resident_blocks", lambda shape, n=blocks: n)
-        simulator = Simulator(schedule_seed=schedule, check_races=schedule == 1)
+        simulator = Simulator(schedule_seed=schedule, check_races=schedule is None)
         out = run("pipelined", spec, operands, simulator=simulator)
         assert simulator.launches[-1].grid == (blocks, 1, 1)
         assert bits(out) == bits(all_resident)
     assert_accurate(all_resident, spec, operands)
+
+
+@pytest.mark.parametrize("schedule", [1, 2])
+def test_tiles_wait_for_all_records_of_their_groups(
+    schedule: int, limits: Callable[..., None]
+) -> None:
+    """Whatever the order of blocks and threads; some lanes wait for one record, others for two."""
+    limits(MOST_WARPS=1)
+    operands = random_operands((1, 1, 3, 9, 18), (5, 1, 1, 1, 1))
+    spec = spec_of("pipelined", operands, num_groups=1, **TRAINING)
+    assert WARP < group_records(shape_of("pipelined", spec)) < 2 * WARP
+    simulator = Simulator(schedule_seed=schedule, check_races=True)
+    out = run("pipelined", spec, operands, simulator=simulator)
+    assert_accurate(out, spec, operands)
 
 
 def test_fewer_blocks_than_tiles_of_a_sample_would_wait_for_ever(
