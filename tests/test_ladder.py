@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ from torch import Tensor
 
 import numba_fused as nf
 from numba_fused import bench, ladder, plan, verify
+from numba_fused.ladder import rung_7_tensor_core, rung_8_split, rung_9_pipelined
+from numba_fused.ladder.tensor_cores import TilePlan, tile_plan
 from numba_fused.simulator import Simulator
 from numba_fused.spec import BlockSpec
 
@@ -47,33 +50,33 @@ TRAINING = {"dropout_p": 0.25, "training": True}
 CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any], int]] = {
     "small": ((2, 3, 2, 3, 6), (4, 3, 2, 2, 2), {"num_groups": 2}, 128),
     "miniature": ((2, 3, 4, 5, 6), (4, 3, 3, 3, 3), {"num_groups": 2}, 128),
-    "one group": ((2, 2, 3, 4, 18), (3, 2, 2, 2, 2), {"num_groups": 1}, 64),
+    "one group": ((2, 2, 2, 4, 18), (3, 2, 2, 2, 2), {"num_groups": 1}, 64),
     "group per channel": ((1, 2, 4, 4, 5), (5, 2, 3, 2, 1), {"num_groups": 5}, 96),
     "several blocks per group": ((1, 1, 6, 8, 19), (2, 1, 1, 2, 3), {"num_groups": 1}, 32),
     "more threads than values": ((1, 2, 3, 3, 4), (4, 2, 2, 2, 2), {"num_groups": 2}, 1024),
     "kernel 1": ((1, 4, 2, 3, 16), (4, 4, 1, 1, 1), {"num_groups": 4}, 256),
     "kernel of the input's size": ((3, 2, 3, 4, 5), (6, 2, 3, 4, 5), {"num_groups": 2}, 32),
     "not cubic, stride, padding": (
-        (2, 3, 5, 6, 7),
+        (1, 3, 3, 4, 7),
         (4, 3, 1, 2, 3),
         {"num_groups": 2, "stride": (2, 1, 3), "padding": (0, 1, 2)},
         64,
     ),
     "dilation": (
-        (1, 2, 6, 7, 9),
+        (1, 2, 4, 5, 7),
         (4, 2, 2, 3, 2),
         {"num_groups": 2, "dilation": (3, 2, 4), "padding": 1},
         128,
     ),
     "same, even kernel": (
-        (1, 2, 3, 4, 17),
-        (2, 2, 2, 3, 4),
+        (1, 1, 2, 3, 11),
+        (2, 1, 2, 2, 4),
         {"num_groups": 1, "padding": "same", "dilation": (1, 1, 3)},
         64,
     ),
     "padding beyond the kernel": (
-        (1, 1, 2, 2, 3),
-        (2, 1, 2, 2, 2),
+        (1, 1, 2, 3),
+        (2, 1, 2, 2),
         {"num_groups": 1, "padding": 3},
         512,
     ),
@@ -87,13 +90,15 @@ CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any], int]] =
     ),
     "three norm groups": ((2, 4, 2, 4, 5), (6, 4, 2, 2, 2), {"num_groups": 3}, 64),
     "eight channels, eight groups": ((2, 2, 3, 20), (8, 2, 2, 2), {"num_groups": 8}, 96),
-    "width 1": ((2, 2, 6, 7, 1), (4, 2, 3, 3, 1), {"num_groups": 2}, 32),
+    "width 1": ((1, 2, 4, 7, 1), (4, 2, 3, 3, 1), {"num_groups": 2}, 32),
     "width 17": ((1, 2, 3, 3, 19), (4, 2, 2, 2, 3), {"num_groups": 2}, 128),
     "2-D": ((2, 3, 9, 10), (4, 3, 3, 2), {"num_groups": 2, "stride": 2, "padding": (1, 0)}, 64),
     "1-D": ((3, 4, 40), (6, 2, 5), {"num_groups": 3, "groups": 2, "padding": "same"}, 32),
 }
 SOME = ["miniature", "several blocks per group", "groups across norm groups", "1-D"]
 QUICK = ["small", "three norm groups"]  # for tensor-core tiles, which take a second to simulate
+# Rung `split` is made of what the two other tensor-core rungs are made of.
+OF_SPLIT = [*QUICK, "2-D", "padding beyond the kernel", "eight channels, eight groups"]
 
 
 def spec_of(rung: str, operands: Operands, **arguments: Any) -> BlockSpec:
@@ -122,10 +127,12 @@ def make(
 
 def pairs(rungs: list[str], cases: list[str], tensor_cases: list[str]) -> pytest.MarkDecorator:
     """Each rung with each case that it can run; tensor-core rungs with cases of their own."""
+    of_rung = dict.fromkeys(TENSOR, tensor_cases)
+    of_rung["split"] = [case for case in tensor_cases if len(tensor_cases) < 4 or case in OF_SPLIT]
     possible = [
         (rung, case)
         for rung in rungs
-        for case in (tensor_cases if rung in TENSOR else cases)
+        for case in of_rung.get(rung, cases)
         if ladder.get(rung).limit(make(rung, case)[0]) is None
     ]
     return pytest.mark.parametrize(("rung", "case"), possible)
@@ -192,15 +199,14 @@ def test_every_rung_but_the_tensor_cores_computes_in_fp64(rung: str, case: str) 
     assert_accurate(out, spec, operands)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize(("bias", "affine"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("rung", RUNGS)
 def test_absent_vectors_are_neutral(rung: str, affine: bool, bias: bool) -> None:
     spec, operands, threads = make(rung, "small", bias=bias, affine=affine)
     assert_accurate(run(rung, spec, operands, threads), spec, operands)
 
 
-@pytest.mark.parametrize("num_groups", [1, 2, 4, 12])
+@pytest.mark.parametrize("num_groups", [1, 4, 12])
 @pytest.mark.parametrize("rung", RUNGS)
 def test_any_number_of_groups(rung: str, num_groups: int) -> None:
     operands = random_operands((1, 2, 4, 6), (12, 2, 2, 2))
@@ -208,10 +214,10 @@ def test_any_number_of_groups(rung: str, num_groups: int) -> None:
     assert_accurate(run(rung, spec, operands), spec, operands)
 
 
-@pytest.mark.parametrize("threads", [32, 64, 96, 128, 256, 512, 1024])
+@pytest.mark.parametrize("threads", [32, 96, 256, 1024])
 @pytest.mark.parametrize("rung", THREADED)
 def test_any_block_size(rung: str, threads: int) -> None:
-    """Groups of 200 values: larger than the first three blocks, smaller than the last ones."""
+    """Groups of 200 values: larger than the first two blocks, smaller than the last two."""
     operands = random_operands((1, 2, 5, 12), (4, 2, 1, 3))
     spec = spec_of(rung, operands, num_groups=1, **TRAINING)
     assert spec.group_size == 200
@@ -224,7 +230,7 @@ def test_a_large_mean_leaves_the_variance_alone(rung: str) -> None:
     spec, operands, threads = make(rung, "small", offset=1e3)
     assert_accurate(run(rung, spec, operands, threads), spec, operands)
 
-    x = random_operands((1, 1, 300), (2, 1, 1), offset=1e3).x
+    x = random_operands((1, 1, 60), (2, 1, 1), offset=1e3).x
     x = verify.rounded_to_tf32(x)  # the products are exact in every precision, then
     operands = Operands(x, torch.ones(2, 1, 1))
     spec = spec_of(rung, operands, num_groups=2)
@@ -314,26 +320,27 @@ def plant(operands: Operands, name: str, position: tuple[int, ...], value: float
 
 
 BAD_VALUES = [math.nan, math.inf, -math.inf]
+POSITIONS = {"x": (1, 3, 1, 2, 2), "weight": (4, 1, 0, 1, 1), "bias": (1,), "beta": (5,)}
 # Two convolution groups over three norm groups: some of both stay clean. And without groups.
 GROUPED = pairs(CHAIN_RUNGS, ["groups across norm groups"], ["three norm groups"])
 
 
-@pytest.mark.parametrize("value", BAD_VALUES)
 @pytest.mark.parametrize(
-    ("name", "position"),
+    ("name", "value"),
     [
-        ("x", (1, 3, 1, 2, 2)),
-        ("weight", (4, 1, 0, 1, 1)),
-        ("bias", (1,)),
-        ("beta", (5,)),
+        *(("x", value) for value in BAD_VALUES),
+        ("weight", math.inf),
+        ("bias", -math.inf),
+        ("beta", math.nan),
+        ("beta", -math.inf),
     ],
 )
 @GROUPED
 def test_bad_values_go_where_torch_sends_them(
-    rung: str, case: str, name: str, position: tuple[int, ...], value: float
+    rung: str, case: str, name: str, value: float
 ) -> None:
     spec, operands, threads = make(rung, case)
-    operands = plant(operands, name, position, value)
+    operands = plant(operands, name, POSITIONS[name], value)
     out, expected = run(rung, spec, operands, threads), own_reference(spec, operands)
     assert out.isfinite().any()
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
@@ -388,7 +395,7 @@ def test_infinite_bounds_bound_nothing(rung: str) -> None:
 # ---- dropout ------------------------------------------------------------------------------------
 
 
-@pairs(RUNGS, ["1-D", "kernel 1", "width 1", "width 17"], ["kernel 1"])
+@pairs(RUNGS, ["kernel 1", "width 1", "width 17"], ["kernel 1"])
 def test_the_mask_is_the_same_for_every_rung_and_block_size(rung: str, case: str) -> None:
     """With min_value above 0 an element is zero exactly where it is dropped."""
     spec, operands, _ = make(rung, case, min_value=0.25, dropout_p=0.5)
@@ -400,7 +407,7 @@ def test_the_mask_is_the_same_for_every_rung_and_block_size(rung: str, case: str
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64 + 3, 0x61C8864680B583EB, torch.tensor([7])], ids=str)
-@pairs(RUNGS, ["1-D"], ["kernel 1"])
+@pairs(RUNGS, ["width 1"], ["kernel 1"])
 def test_every_kind_of_seed(rung: str, case: str, seed: int | Tensor) -> None:
     spec, operands, threads = make(rung, case, min_value=0.25, dropout_p=0.5)
     out = run(rung, spec, operands, threads, seed=seed)
@@ -429,11 +436,11 @@ def test_without_dropout_nothing_is_drawn(rung: str, changes: dict[str, Any]) ->
 # ---- reproducibility ----------------------------------------------------------------------------
 
 
-@pairs(KERNEL_RUNGS, SOME, ["small"])
+@pairs(KERNEL_RUNGS, ["groups across norm groups", "width 17"], ["small"])
 def test_bits_do_not_depend_on_the_run_or_the_schedule(rung: str, case: str) -> None:
     spec, operands, threads = make(rung, case)
     first = run(rung, spec, operands, threads)
-    for schedule in (None, 1, 2):
+    for schedule in (1, 2):
         simulator = Simulator(schedule_seed=schedule, check_races=False)
         again = run(rung, spec, operands, threads, simulator=simulator)
         assert bits(again) == bits(first)
@@ -442,20 +449,32 @@ def test_bits_do_not_depend_on_the_run_or_the_schedule(rung: str, case: str) -> 
 # ---- the ledger ---------------------------------------------------------------------------------
 
 
+TILE_PLANS: dict[str, Callable[[BlockSpec], TilePlan]] = {
+    "tensor_core": lambda spec: tile_plan(spec, rung_7_tensor_core.KIND),
+    "split": lambda spec: tile_plan(spec, rung_8_split.kind(spec)),
+    "pipelined": lambda spec: tile_plan(spec, rung_9_pipelined.kind(spec)),
+}
+
+
 def assert_counted(rung: str, spec: BlockSpec, operands: Operands, threads: int) -> None:
     """To the byte where every element of x is used: these cases have no stride, no dilation.
 
     A ledger counts bytes, memory moves sectors of 32: a rung that writes an array from several
     source lines is charged twice for the sectors in which one line's part ends and another's
     begins. Rung `epilogue` has one such array, of three parts. The tensor-core rungs have one,
-    too, but eight records of moments are whole sectors.
+    too, but eight records of sums are whole sectors.
+
+    What a block publishes is written once and read once by whoever waits for it. To the simulator
+    both are atomic, read and written at once, and of a record each double is a line of its own:
+    it counts records four times.
     """
     simulator = Simulator(count=True, check_races=False)
     run(rung, spec, operands, threads, simulator=simulator)
     ledger = ladder.get(rung).ledger(spec, threads)
     assert len(simulator.launches) == ledger.launches
-    assert simulator.bytes_read == ledger.bytes_read
-    excess = simulator.bytes_written - ledger.bytes_written
+    records = 4 * int(TILE_PLANS[rung](spec).record_words) if rung in TENSOR else 0
+    assert simulator.bytes_read == ledger.bytes_read + 3 * records
+    excess = simulator.bytes_written - ledger.bytes_written - 3 * records
     assert excess in range({"epilogue": 2 * 32 + 1}.get(rung, 1))
 
 

@@ -795,11 +795,12 @@ def test_every_record_is_marked_as_absent_and_nothing_else() -> None:
 def test_a_group_of_equal_values_has_no_variance(limits: Callable[..., None]) -> None:
     """Not even a negative one, by rounding: its root would be NaN, and gamma = 0 leaves beta.
 
-    Of 20 bits, so that the sums are exact; their mean, divided by 51, is not.
+    Of 20 bits, so that sums are exact; times 1 / 99 they are not, and eps is smaller than that.
     """
     limits(MOST_WARPS=1)
-    values = 2**20 - 1 - 38_446 * torch.arange(8)
-    x = values.float().view(8, 1, 1, 1).expand(8, 1, 1, 17).contiguous()
+    x = torch.full((1, 1, 1, 33), 2.0**20 - 1)
+    share, total = 1 / 99, 99 * (2.0**20 - 1)
+    assert total * (2.0**20 - 1) * share - (total * share) ** 2 < -1e-5
     operands = Operands(x, torch.ones(3, 1, 1, 1), None, torch.zeros(3), torch.full((3,), 0.25))
     spec = spec_of("pipelined", operands, num_groups=1)
     assert shape_of("pipelined", spec).tiles_per_sample > 1
