@@ -852,3 +852,14 @@ def test_fewer_blocks_than_tiles_of_a_sample_would_wait_for_ever(
     monkeypatch.setattr(rung_9_pipelined, "resident_blocks", lambda shape: 1)
     with pytest.raises(ValueError, match="a sample has 2 tiles, and the GPU holds 1 blocks"):
         run("pipelined", spec, operands)
+
+
+@pytest.mark.parametrize("rung", ["split", "pipelined"])
+def test_sums_beyond_32_bits_are_refused(rung: str) -> None:
+    """Before anything is allocated: a million samples of 1024 groups, one record each."""
+    spec = BlockSpec.from_arguments(
+        (10**6, 1, 3), (1024, 1, 2), num_groups=1024, **BOUNDS, **TRAINING
+    )
+    reason = ladder.get(rung).limit(spec)
+    assert reason is not None
+    assert "4,096,000,000 words" in reason

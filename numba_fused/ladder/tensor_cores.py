@@ -70,6 +70,9 @@ def tile_limit(spec: BlockSpec, kind: TileKind) -> str | None:
             f"{spec.stride3[2]}, kernel {spec.kernel_size[-1]}, dilation {spec.dilation3[2]}), and "
             f"registers hold {LONGEST_WINDOW}"
         )
+    words = spec.batch * tile_shape(spec, kind).sample_record_words
+    if words >= 2**31:
+        return f"its tiles' sums take {words:,} words, and kernels count up to {2**31 - 1:,}"
     return None
 
 
