@@ -863,3 +863,13 @@ def test_sums_beyond_32_bits_are_refused(rung: str) -> None:
     reason = ladder.get(rung).limit(spec)
     assert reason is not None
     assert "4,096,000,000 words" in reason
+
+
+@pytest.mark.parametrize("rung", ["tensor_core", "split", "pipelined"])
+def test_warps_beyond_the_last_column_count_for_nothing(rung: str) -> None:
+    """The fourth warp of a tile 48 wide has inputs under it, but no outputs."""
+    operands = random_operands((1, 1, 2, 50), (2, 1, 1, 3))
+    spec = spec_of(rung, operands, num_groups=1, **TRAINING)
+    shape = shape_of(rung, spec)
+    assert shape.out_size[2] == shape.columns - 16
+    assert_accurate(run(rung, spec, operands), spec, operands)

@@ -151,6 +151,8 @@ def tile_functions(shape: TileShape) -> TileFunctions:
     sample_record_words = shape.sample_record_words
 
     store_values, whole_rows, out_row = shape.store, shape.whole_rows, shape.out_row
+    # Positions along w that every warp has; its last columns of warps may lie outside altogether.
+    sure_columns = max(0, out_w - COLUMNS * (column_warps - 1)) if whole_rows else 0
     even_rows, channel_stride = out_row % 2 == 0, shape.channel_stride
     bulk_store = shape.bulk_store
     streams_per_row = -(-out_w // COLUMNS)
@@ -410,9 +412,6 @@ def tile_functions(shape: TileShape) -> TileFunctions:
         return power_of_two(254 - place[SCALE + (chunks - 1) % 2]) if halves else float32(1)
 
     # ---- the statistics: from accumulators to mean and rstd ------------------------------------
-
-    # Positions along w that every warp of the tile has.
-    sure_columns = (out_w - 1) % COLUMNS + 1 if whole_rows else 0
 
     @cuda.jit(device=True)
     def extent(place):
