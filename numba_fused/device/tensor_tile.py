@@ -53,8 +53,14 @@ class TileFunctions(NamedTuple):
     """Device functions of one `TileShape`; each is documented where it is defined."""
 
     locate: Any
+    warp_place: Any
     stage_input: Any
     accumulate: Any
+    convolve: Any
+    input_unscale: Any
+    extent: Any
+    tile_position: Any
+    first_stream: Any
     publish_sums: Any
     group_statistics: Any
     finish: Any
@@ -150,6 +156,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
     unscale_at, records_at = shape.unscale_at, shape.records_at
     sample_record_words = shape.sample_record_words
 
+    staged_input_at = shape.staged_input_at
     store_values, whole_rows, out_row = shape.store, shape.whole_rows, shape.out_row
     # Positions along w that every warp has; its last columns of warps may lie outside altogether.
     sure_columns = max(0, out_w - COLUMNS * (column_warps - 1)) if whole_rows else 0
@@ -407,6 +414,20 @@ def tile_functions(shape: TileShape) -> TileFunctions:
             chunk = int32(chunk + 1)
 
     @cuda.jit(device=True)
+    def convolve(acc, x, scratch, tile, place):
+        """One tile from beginning to end, by a block that has no other."""
+        words, memory = cuda.shared.array(0, uint32), cuda.shared.array(0, float32)
+        staged = memory[staged_input_at:]
+        peaks = cuda.shared.array(warps, uint32)
+        if cuda.threadIdx.x == 0:
+            locate(tile, place)
+        cuda.syncthreads()
+        stage_input(x, staged, place, 0)
+        ptx.wait_for_copies()
+        cuda.syncthreads()
+        accumulate(acc, x, scratch, words, staged, peaks, place)
+
+    @cuda.jit(device=True)
     def input_unscale(place):
         """The factor that takes the scale of a tile's input back."""
         return power_of_two(254 - place[SCALE + (chunks - 1) % 2]) if halves else float32(1)
@@ -500,14 +521,17 @@ def tile_functions(shape: TileShape) -> TileFunctions:
             total = shuffled_sum(count * mean, record_entries)
             squares = shuffled_sum(m2 + count * mean * mean, record_entries)
             if stored:
-                n, d, h, w = place[SAMPLE], place[PLANE], place[ROW], place[COLUMN]
-                row = int32(
-                    int32(d * row_tiles + h // tile_rows) * column_tiles + w // tile_columns
-                )
-                record = (int64(n) * records + k // record_channels) * tile_positions + row
+                record = int64(place[SAMPLE]) * records + k // record_channels
+                record = record * tile_positions + tile_position(place)
                 at = uint64(records_at + record * RECORD_WORDS)
                 ptx.publish(scratch, at, present(total))
                 ptx.publish(scratch, at + uint64(2), present(squares))
+
+    @cuda.jit(device=True)
+    def tile_position(place):
+        """Number of a tile among its sample's tiles of the same channels."""
+        row = int32(place[PLANE] * row_tiles + place[ROW] // tile_rows)
+        return int32(int32(row * column_tiles) + place[COLUMN] // tile_columns)
 
     @cuda.jit(device=True)
     def present(value):
@@ -566,6 +590,16 @@ def tile_functions(shape: TileShape) -> TileFunctions:
     # ---- the rest: from accumulators to out ----------------------------------------------------
 
     @cuda.jit(device=True)
+    def first_stream(place):
+        """Dropout stream of a lane's first row; the next row's and channel's follow from it."""
+        channel_warp, row_warp, column_warp = warp_place()
+        lane = int32(ptx.lane_index())
+        k = int32(place[CHANNEL_TILE] * tile_channels + channel_warp * CHANNELS + lane // 4)
+        row = int32(place[PLANE] * out_h + place[ROW] + row_warp * ROWS + 2 * (lane % 4))
+        stream = (int64(place[SAMPLE]) * out_channels + k) * streams_per_channel
+        return stream + int32(row * streams_per_row + place[COLUMN] // COLUMNS + column_warp)
+
+    @cuda.jit(device=True)
     def finish(acc, scratch, bias, gamma, beta, statistics, place, bounds, seed, dropout):
         """Normalise, min, clamp and drop, in registers.
 
@@ -574,14 +608,10 @@ def tile_functions(shape: TileShape) -> TileFunctions:
         (whether to draw, the largest draw that drops, scale).
         """
         draws, last_dropped, keep_scale = dropout
-        channel_warp, row_warp, column_warp = warp_place()
-        n, d, h, w = place[SAMPLE], place[PLANE], place[ROW], place[COLUMN]
-        lane = int32(ptx.lane_index())
+        channel_warp, _, _ = warp_place()
         first_k = int32(place[CHANNEL_TILE] * tile_channels)
-        first_c = int32(channel_warp * CHANNELS + lane // 4)
-        row = int32(d * out_h + h + row_warp * ROWS + 2 * (lane % 4))
-        stream = (int64(n) * out_channels + first_k + first_c) * streams_per_channel
-        stream += int32(row * streams_per_row + w // COLUMNS + column_warp)
+        first_c = int32(channel_warp * CHANNELS + int32(ptx.lane_index()) // 4)
+        stream = first_stream(place)
         for r in range(4):
             c = int32(first_c + r // 2 * 8)
             if first_k + c >= out_channels:  # a channel that is not stored
@@ -680,8 +710,14 @@ def tile_functions(shape: TileShape) -> TileFunctions:
 
     return TileFunctions(
         locate,
+        warp_place,
         stage_input,
         accumulate,
+        convolve,
+        input_unscale,
+        extent,
+        tile_position,
+        first_stream,
         publish_sums,
         group_statistics,
         finish,

@@ -121,8 +121,11 @@ H200_CAPABILITY = (9, 0)
 
 @cache
 def capability(device: torch.device | None = None) -> tuple[int, int]:
-    """Compute capability of a GPU, the current one by default; an H200's where there is none."""
-    if not torch.cuda.is_available():
+    """Compute capability of a GPU, the current one by default; an H200's where there is none.
+
+    The simulator, which runs the CPU's tensors, is taken for one.
+    """
+    if not torch.cuda.is_available() or (device is not None and device.type == "cpu"):
         return H200_CAPABILITY
     return torch.cuda.get_device_capability(device)
 

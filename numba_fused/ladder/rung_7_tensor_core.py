@@ -19,9 +19,8 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from numba import cuda, float32, int32, uint32
+from numba import cuda, float32, int32
 
-from numba_fused.device import ptx
 from numba_fused.device.tensor_tile import ACCUMULATORS, PLACE_SIZE, tile_functions
 from numba_fused.device.tile_shape import CHANNELS, TileShape
 from numba_fused.ladder.rung import Ledger, Operands
@@ -52,47 +51,28 @@ def limit(spec: BlockSpec) -> str | None:
 def kernels(shape: TileShape) -> tuple[Any, Any]:
     """The two kernels, specialised on a tile's shape."""
     f = tile_functions(shape)
-    locate, stage_input, accumulate = f.locate, f.stage_input, f.accumulate
-    publish_sums, group_statistics = f.publish_sums, f.group_statistics
+    convolve, publish_sums, group_statistics = f.convolve, f.publish_sums, f.group_statistics
     finish, store, wait_for_store = f.finish, f.store, f.wait_for_store
-    warps, staged_input_at = shape.warps, shape.staged_input_at
-    moments_shape, statistics_shape = (3, warps, CHANNELS), (2, shape.channels)
+    moments_shape, statistics_shape = (3, shape.warps, CHANNELS), (2, shape.channels)
     bounds_of_launch = (shape.threads, shape.blocks_per_processor)
 
     @cuda.jit(launch_bounds=bounds_of_launch)
     def statistics_kernel(x, scratch, bias):
         """Convolve one tile and leave its channels' moments in `scratch`."""
-        words, memory = cuda.shared.array(0, uint32), cuda.shared.array(0, float32)
-        staged_input = memory[staged_input_at:]
         moments = cuda.shared.array(moments_shape, float32)
-        peaks = cuda.shared.array(warps, uint32)
-        acc = cuda.local.array(ACCUMULATORS, float32)
         place = cuda.shared.array(PLACE_SIZE, int32)
-        if cuda.threadIdx.x == 0:
-            locate(int32(cuda.blockIdx.x), place)
-        cuda.syncthreads()
-        stage_input(x, staged_input, place, 0)
-        ptx.wait_for_copies()
-        cuda.syncthreads()
-        accumulate(acc, x, scratch, words, staged_input, peaks, place)
+        acc = cuda.local.array(ACCUMULATORS, float32)
+        convolve(acc, x, scratch, int32(cuda.blockIdx.x), place)
         publish_sums(acc, scratch, bias, moments, place)
 
     @cuda.jit(launch_bounds=bounds_of_launch)
     def apply_kernel(x, scratch, bias, gamma, beta, out, eps, bounds, seed, dropout):
         """Convolve again, pool the moments of the tile's groups, and finish."""
-        words, memory = cuda.shared.array(0, uint32), cuda.shared.array(0, float32)
-        staged_input = memory[staged_input_at:]
+        memory = cuda.shared.array(0, float32)
         statistics = cuda.shared.array(statistics_shape, float32)
-        peaks = cuda.shared.array(warps, uint32)
-        acc = cuda.local.array(ACCUMULATORS, float32)
         place = cuda.shared.array(PLACE_SIZE, int32)
-        if cuda.threadIdx.x == 0:
-            locate(int32(cuda.blockIdx.x), place)
-        cuda.syncthreads()
-        stage_input(x, staged_input, place, 0)
-        ptx.wait_for_copies()
-        cuda.syncthreads()
-        accumulate(acc, x, scratch, words, staged_input, peaks, place)
+        acc = cuda.local.array(ACCUMULATORS, float32)
+        convolve(acc, x, scratch, int32(cuda.blockIdx.x), place)
         group_statistics(scratch, eps, statistics, place)
         finish(acc, scratch, bias, gamma, beta, statistics, place, bounds, seed, dropout)
         cuda.syncthreads()  # others may still read the words where the output is staged
@@ -109,14 +89,15 @@ def forward(launch: Launcher, operands: Operands) -> None:
 
 def two_passes(launch: Launcher, operands: Operands, kind: TileKind) -> None:
     """Pack, statistics, apply, on words of one TF32 value or two halves."""
-    plan, scratch = prepare(launch, operands, kind)
+    spec, x, out = operands.spec, operands.x, operands.out
+    plan, scratch = prepare(launch, spec, kind, x, operands.weight, out)
     statistics_kernel, apply_kernel = kernels(plan.shape)
     block, shared_bytes = plan.shape.threads, plan.shape.shared_bytes
     launch(
         statistics_kernel,
         int(plan.tiles),
         block,
-        operands.x,
+        x,
         scratch,
         operands.bias,
         shared_bytes=shared_bytes,
@@ -125,12 +106,12 @@ def two_passes(launch: Launcher, operands: Operands, kind: TileKind) -> None:
         apply_kernel,
         int(plan.tiles),
         block,
-        operands.x,
+        x,
         scratch,
         operands.bias,
         operands.gamma,
         operands.beta,
-        operands.out,
+        out,
         operands.eps,
         plan.bounds,
         operands.seed,

@@ -120,17 +120,18 @@ def limit(spec: BlockSpec) -> str | None:
 
 def forward(launch: Launcher, operands: Operands) -> None:
     """Two launches."""
-    plan, scratch = prepare(launch, operands, kind(operands.spec))
+    spec, x, out = operands.spec, operands.x, operands.out
+    plan, scratch = prepare(launch, spec, kind(spec), x, operands.weight, out)
     launch(
         kernel(plan.shape),
         min(int(plan.tiles), resident_blocks(plan.shape)),
         plan.shape.threads,
-        operands.x,
+        x,
         scratch,
         operands.bias,
         operands.gamma,
         operands.beta,
-        operands.out,
+        out,
         operands.eps,
         plan.tiles,
         plan.bounds,

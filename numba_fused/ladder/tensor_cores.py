@@ -23,7 +23,7 @@ from numba_fused.device.tile_shape import (
     TileShape,
     Triple,
 )
-from numba_fused.ladder.rung import Ledger, Operands, sample_limit, seed_bytes, vector_bytes
+from numba_fused.ladder.rung import Ledger, sample_limit, seed_bytes, vector_bytes
 from numba_fused.spec import BlockSpec
 
 LEAST_CAPABILITY = (8, 0)
@@ -203,16 +203,22 @@ def has_bulk_copies(device: torch.device) -> bool:
     return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def prepare(launch: Launcher, operands: Operands, kind: TileKind) -> tuple[TilePlan, Tensor]:
+def prepare(
+    launch: Launcher, spec: BlockSpec, kind: TileKind, x: Tensor, weight: Tensor, out: Tensor
+) -> tuple[TilePlan, Tensor]:
     """Choose the tile, allocate what the kernels share and pack the weights: one launch.
 
     Where tiles will wait for each other's records, all are marked as absent.
 
     Parameters
     ----------
-    launch, operands
-        As a rung's `forward` gets them.
+    launch : Launcher
+    spec : BlockSpec
     kind : TileKind
+    x, weight : Tensor
+        Flat and contiguous.
+    out : Tensor
+        The output, or its gradient: what else tiles move.
 
     Returns
     -------
@@ -220,15 +226,14 @@ def prepare(launch: Launcher, operands: Operands, kind: TileKind) -> tuple[TileP
     scratch : Tensor
         uint32: packed weights, factors, records (see `TileShape`).
     """
-    aligned = (operands.x.data_ptr() | operands.out.data_ptr()) % 16 == 0
-    bulk_copies = has_bulk_copies(operands.x.device)
-    plan = tile_plan(operands.spec, kind, aligned, bulk_copies)
-    scratch = torch.empty(plan.scratch_words, dtype=torch.uint32, device=operands.x.device)
+    aligned = (x.data_ptr() | out.data_ptr()) % 16 == 0
+    plan = tile_plan(spec, kind, aligned, has_bulk_copies(x.device))
+    scratch = torch.empty(plan.scratch_words, dtype=torch.uint32, device=x.device)
     launch(
         pack_kernel(plan.shape),
         plan.marking_blocks if kind.one_pass else plan.shape.packed_tiles,
         PACK_THREADS,
-        operands.weight,
+        weight,
         scratch,
         plan.record_words if kind.one_pass else np.int32(0),
     )
