@@ -1,19 +1,22 @@
 """The backward pass: from the gradient of the output to those of x and the parameters.
 
 Nothing of the output's size is kept from forward: the convolution and the dropout mask are
-computed again. `clear` does it for any shape, one idea to a kernel.
+computed again. `clear` does it for any shape, one idea to a kernel; `tensor_core` is the fast one.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from numba_fused.backward import clear
-from numba_fused.backward.clear import Wanted, ledger, limit
-from numba_fused.ladder import channel_vector, launcher_for
+from numba_fused.backward import clear, tensor_core
+from numba_fused.backward.clear import ledger
+from numba_fused.backward.operands import Operands, Wanted
+from numba_fused.ladder import capability, channel_vector, launcher_for
+from numba_fused.ladder.rung import once
 from numba_fused.reference import seed_tensor
 from numba_fused.spec import BlockSpec
 
@@ -22,9 +25,29 @@ if TYPE_CHECKING:
 
 NAMES = ("x", "weight", "bias", "gamma", "beta")
 
-__all__ = ["Gradients", "Wanted", "ledger", "limit", "run"]
+__all__ = ["NAMES", "VARIANTS", "Gradients", "Wanted", "ledger", "obstacle", "run"]
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+VARIANTS: dict[str, ModuleType] = {"clear": clear, "tensor_core": tensor_core}
+
+
+def obstacle(variant: str, spec: BlockSpec, capability: tuple[int, int]) -> str | None:
+    """Why a variant cannot differentiate `spec` on a GPU of this compute capability, or None.
+
+    Raises
+    ------
+    ValueError
+        No variant is called that; the message names those there are.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown backward variant {variant!r}: use one of {', '.join(VARIANTS)}")
+    module = VARIANTS[variant]
+    if capability < module.least_capability:
+        needed, found = ("{}.{}".format(*c) for c in (module.least_capability, capability))
+        return f"it needs compute capability {needed}, and this GPU has {found}"
+    return once(module.limit, spec)
 
 
 def run(
@@ -40,6 +63,7 @@ def run(
     mean: Tensor | None = None,
     rstd: Tensor | None = None,
     wanted: Wanted,
+    variant: str = "clear",
     simulator: Simulator | None = None,
 ) -> Gradients:
     """Gradients of x, weight, bias, gamma and beta.
@@ -60,6 +84,8 @@ def run(
         not keep them.
     wanted : tuple of bool
         Which of the five to compute: none of a tensor that is None.
+    variant : str
+        One of `VARIANTS`.
     simulator : Simulator, optional
         Runs CPU tensors, and afterwards holds what it counted.
 
@@ -71,24 +97,24 @@ def run(
     Raises
     ------
     ValueError
-        No seed for a spec that draws, a gradient wanted of an absent tensor, mean without rstd,
-        or a sample too large for 32-bit indices.
+        An unknown variant or one that cannot run the shape, no seed for a spec that draws, a
+        gradient wanted of an absent tensor, or mean without rstd.
     """
+    if (reason := obstacle(variant, spec, capability(x.device))) is not None:
+        raise ValueError(f"backward variant {variant!r} cannot run this shape: {reason}")
     tensors = x, weight, bias, gamma, beta
-    for name, tensor, want in zip(NAMES, tensors, wanted, strict=True):
+    for operand, tensor, want in zip(NAMES, tensors, wanted, strict=True):
         if want and tensor is None:
-            raise ValueError(f"a gradient of {name} is wanted, but {name} is None")
+            raise ValueError(f"a gradient of {operand} is wanted, but {operand} is None")
     if seed is None and spec.draws:
         raise ValueError("the spec draws a dropout mask: pass forward's seed to draw it again")
     if (mean is None) != (rstd is None):
         raise ValueError("mean and rstd come together: pass both, or neither")
-    if (reason := limit(spec)) is not None:
-        raise ValueError(f"the backward kernels cannot run this shape: {reason}")
     if spec.batch == 0:
         found = [t.new_zeros(t.shape) if t is not None else None for t in tensors]
     else:
         with torch.no_grad():
-            operands = clear.Operands(
+            operands = Operands(
                 spec=spec,
                 x=x.ravel(),
                 weight=weight.ravel(),
@@ -99,7 +125,8 @@ def run(
                 seed=seed_tensor(seed if spec.draws else 0, x.device),
             )
             statistics = None if mean is None or rstd is None else (mean, rstd)
-            found = clear.gradients(launcher_for(x.device, simulator), operands, statistics, wanted)
+            launch = launcher_for(x.device, simulator)
+            found = VARIANTS[variant].gradients(launch, operands, statistics, wanted)
     dx, dweight, dbias, dgamma, dbeta = (
         g.view(t.shape) if want and t is not None and g is not None else None
         for t, g, want in zip(tensors, found, wanted, strict=True)

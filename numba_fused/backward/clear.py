@@ -27,14 +27,12 @@ Bytes:  with E the bytes of grad_out. The statistics read x; the sums x + E; dz 
         x + E written. The E written is dz: scratch as large as the output, N * K * D * H * W
         values, the one tensor here that forward did not need.
 Next:   z is computed three times and the mask drawn twice, one value at a time on the CUDA cores.
-        The fast one keeps mean and rstd from forward, forms dz tile by tile where dweight and dx
-        are made of it, and stores it nowhere; all products are the tensor cores'.
+        `tensor_core` takes all products to the tensor cores and dz to memory in halves.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,21 +40,17 @@ import torch
 from torch import Tensor
 
 from numba_fused.backward.clear_kernels import (
-    THREADS,
     channel_sums_kernel,
     convolution_gradient_kernel,
     group_means_kernel,
     group_statistics_kernel,
     input_gradient_kernel,
-    sum_over_samples_kernel,
     weight_gradient_kernel,
 )
-from numba_fused.device.reductions import WARP
+from numba_fused.backward.operands import Operands, Wanted, sum_over_samples, threads_for
 from numba_fused.ladder.rung import (
-    LaunchArguments,
     Ledger,
     convolution_bytes,
-    once,
     sample_limit,
     seed_bytes,
     vector_bytes,
@@ -66,51 +60,8 @@ from numba_fused.spec import BlockSpec
 if TYPE_CHECKING:
     from numba_fused.device.launch import Launcher
 
-Wanted = tuple[bool, bool, bool, bool, bool]  # dx, dweight, dbias, dgamma, dbeta
-
 limit = sample_limit
-
-
-@dataclass(eq=False)
-class Operands:
-    """The tensors of one call, shaped for the kernels.
-
-    Attributes
-    ----------
-    spec : BlockSpec
-    x, weight : Tensor
-        Flat and contiguous.
-    bias, gamma, beta : Tensor
-        (K,); zeros, ones, zeros where the caller has none.
-    grad_out : Tensor
-        Flat and contiguous.
-    seed : Tensor
-        (1,) int64; read only when the spec draws.
-    """
-
-    spec: BlockSpec
-    x: Tensor
-    weight: Tensor
-    bias: Tensor
-    gamma: Tensor
-    beta: Tensor
-    grad_out: Tensor
-    seed: Tensor
-
-    @property
-    def arguments(self) -> LaunchArguments:
-        """What depends on the spec alone."""
-        return once(LaunchArguments, self.spec)
-
-    @property
-    def channel_blocks(self) -> int:
-        """(Sample, channel) pairs: N * K."""
-        return self.spec.batch * self.spec.out_channels
-
-    @property
-    def channel_threads(self) -> int:
-        """For blocks that work on the positions of one channel."""
-        return threads_for(self.arguments.sample_size // self.spec.out_channels)
+least_capability = (0, 0)
 
 
 def gradients(
@@ -156,11 +107,6 @@ def gradients(
 # ---- one function for each kernel ---------------------------------------------------------------
 
 
-def threads_for(values: int) -> int:
-    """Whole warps that cover `values`, up to THREADS."""
-    return min(THREADS, -(-values // WARP) * WARP)
-
-
 def group_statistics(launch: Launcher, operands: Operands) -> tuple[Tensor, Tensor]:
     """Mean and rstd of each (sample, group)."""
     arguments = operands.arguments
@@ -188,14 +134,6 @@ def channel_sums(
     sum_g, sum_gx = (operands.x.new_empty(operands.channel_blocks) for _ in range(2))
     _launch_chain(launch, channel_sums_kernel, operands, statistics, sum_g, sum_gx)
     return sum_g, sum_gx
-
-
-def sum_over_samples(launch: Launcher, operands: Operands, sums: Tensor) -> Tensor:
-    """A parameter's gradient: (N * K,) sums to (K,)."""
-    channels = operands.spec.out_channels
-    total = sums.new_empty(channels)
-    launch(sum_over_samples_kernel, channels, WARP, sums, operands.spec.batch, total)
-    return total
 
 
 def group_means(

@@ -21,6 +21,7 @@ from numba import cuda, float32, float64, int32, types, uint32
 from numba.cuda.extending import intrinsic
 
 FULL_WARP = 0xFFFFFFFF
+WARP = 32
 
 _IR_TYPES = {
     float32: ir.FloatType(),
@@ -250,6 +251,38 @@ def store_4(array, index, a, b, c, d):
 def store_2(array, index, a, b):
     """Two neighbours in one 64-bit store."""
     array[index], array[index + 1] = a, b
+
+
+def _load_matrices(builder: Any, pointer: Any, _: Any) -> Any:
+    shared = builder.addrspacecast(pointer, ir.PointerType(pointer.type.pointee, 3))
+    word = ir.IntType(32)
+    function = ir.FunctionType(ir.LiteralStructType([word] * 4), [word])
+    assembly = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];"
+    code = ir.InlineAsm(function, assembly, "=r,=r,=r,=r,r,~{memory}", side_effect=True)
+    found = builder.call(code, [builder.ptrtoint(shared, word)])
+    words = ir.Constant(ir.VectorType(word, 4), ir.Undefined)
+    for i in range(4):
+        lane = ir.Constant(word, i)
+        words = builder.insert_element(words, builder.extract_value(found, i), lane)
+    return words
+
+
+@memory(_load_matrices, lambda element: types.UniTuple(element, 4))
+def load_matrices(array, index):
+    """Four 8x8 matrices of halves from shared memory, transposed, spread over the warp.
+
+    Lane ``8 i + r`` says where row r of matrix i begins: eight halves in four words, `index` a
+    multiple of 4. Lane ``4 g + t`` gets, for each matrix, the halves in rows 2t and 2t + 1 of
+    column g.
+    """
+    rows = cuda.exchange_sync(FULL_WARP, index)
+    g, t = int(cuda.laneid) // 4, int(cuda.laneid) % 4
+    found = []
+    for i in range(0, WARP, 8):
+        pair = [int(array[np.uint64(rows[i + 2 * t + r] + g // 2)]) for r in range(2)]
+        low, high = (word >> 16 * (g % 2) & 0xFFFF for word in pair)
+        found.append(np.uint32(low | high << 16))
+    return tuple(found)
 
 
 def _load_published(builder: Any, pointer: Any, _: Any) -> Any:

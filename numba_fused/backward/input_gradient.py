@@ -1,0 +1,327 @@
+"""The gradient of x on tensor cores: a convolution of dz with the weights turned round.
+
+For stride 1, with indices of the padded input,
+
+    dx[c, d, h, w] = sum of weight[k, c, a, b, e] * dz[k, d - a, h - b, w - e]
+
+over k and the taps (a, b, e). Few input channels would leave most of a matrix instruction's 16 rows
+empty. So a row is not an input channel but a (channel, plane) pair: a plane of dz feeds as many
+planes of dx as the kernel is deep, all of them by one instruction. A block walks along d with a
+tile of one plane of dz, the next one on its way; with each plane one of dx is complete. It is
+written, and its rows start anew as those of the next plane. Rows keep their places, so the weights
+take turns: they are packed in ``kernel_d`` orders.
+
+    A[(channel, plane mod kernel_d), 16 channels of dz]    B[16 channels of dz, 8 positions along w]
+
+B is what lies in memory: a position's eight words are 16 channels, and a lane takes two of them.
+
+Launch: a kernel that packs; then a block for each (sample, some planes, 8 rows, up to 64 columns).
+Shapes: dz of a run of samples as in `chain_tiles`, dx (N, C, D, H, W).
+Bytes:  dz once and what tiles share of it, dx once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+from numba import cuda, float32, int32, int64, uint32, uint64
+
+from numba_fused.backward.chain_tiles import POSITION_WORDS
+from numba_fused.device import ptx
+from numba_fused.device.convolution import divide
+from numba_fused.device.reductions import WARP
+from numba_fused.device.tensor_tile import INFINITY, power_of_two, scale_exponent
+from numba_fused.device.tile_shape import CHANNELS, TileShape
+
+WARPS = 8  # a row of the tile each
+THREADS = WARPS * WARP
+COLUMNS = 8  # of one matrix instruction
+MOST_COLUMNS = 64
+MOST_ROW_GROUPS = 2  # of 16 rows of A, whose sums of 64 columns a lane holds in 32 registers each
+LANE_WORDS = 4 * WARP  # of A
+
+
+@dataclass(frozen=True)
+class InputTile:
+    """Compile-time numbers of the kernel.
+
+    Attributes
+    ----------
+    shape : TileShape
+        Of the convolution, and of the tiles that wrote dz.
+    planes : int
+        Planes of dx that a block works on.
+    """
+
+    shape: TileShape
+    planes: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of A that mean something."""
+        return self.shape.in_channels * self.shape.kernel_size[0]
+
+    @property
+    def row_groups(self) -> int:
+        """Sets of 16 rows of A."""
+        return -(-self.rows // CHANNELS)
+
+    @property
+    def column_groups(self) -> int:
+        """Matrix instructions that cover a row of the tile."""
+        return -(-min(self.shape.in_size[2], MOST_COLUMNS) // COLUMNS)
+
+    @property
+    def tiles(self) -> tuple[int, int, int]:
+        """Blocks of a sample along (d, h, w)."""
+        d, h, w = self.shape.in_size
+        return -(-d // self.planes), -(-h // WARPS), -(-w // (COLUMNS * self.column_groups))
+
+    @property
+    def staged_rows(self) -> int:
+        """Rows of dz under a tile."""
+        return WARPS + self.shape.kernel_size[1] - 1
+
+    @property
+    def staged_columns(self) -> int:
+        """Columns of dz under a tile."""
+        return COLUMNS * self.column_groups + self.shape.kernel_size[2] - 1
+
+    @property
+    def stage_words(self) -> int:
+        """Words of the tile of one plane and 16 channels of dz."""
+        positions = self.staged_rows * self.staged_columns
+        return positions * POSITION_WORDS * (2 if self.shape.split else 1)
+
+    @cached_property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block: one tile is read while the next arrives."""
+        return 2 * 4 * self.stage_words
+
+    @property
+    def packed_words(self) -> int:
+        """Words of A, in all orders."""
+        return math.prod(self.shape.kernel_size) * self._words_per_tap
+
+    @property
+    def _words_per_tap(self) -> int:
+        parts = 2 if self.shape.split else 1
+        return self.shape.packed_tiles * self.row_groups * parts * LANE_WORDS
+
+    def blocks(self, samples: int) -> int:
+        """Blocks for some samples."""
+        return samples * math.prod(self.tiles)
+
+
+@cache
+def pack_kernel(tile: InputTile) -> Any:
+    """The kernel that packs the weights as A, one row a block."""
+    shape = tile.shape
+    in_channels, out_channels, split = shape.in_channels, shape.out_channels, shape.split
+    kernel_d, kernel_h, kernel_w = shape.kernel_size
+    kernel_volume = kernel_d * kernel_h * kernel_w
+    channel_groups, row_groups, rows = shape.packed_tiles, tile.row_groups, tile.rows
+    parts = 2 if split else 1
+
+    @cuda.jit(device=True)
+    def weight_at(weight, k, c, tap):
+        """A weight, zero where there is none."""
+        value = float32(0)
+        if k < out_channels:
+            value = weight[uint64((int64(k) * in_channels + c) * kernel_volume + tap)]
+        return value
+
+    @cuda.jit(launch_bounds=WARP)
+    def pack_turned_weights(weight, packed, unscale):
+        """Scale a row of A by a power of two, lay it out, and note what takes the scale back.
+
+        Order, slowest first: (plane of dz mod kernel_d) (row of the tile) (column) (16 channels)
+        (16 rows) (part) (lane) (4 words).
+        """
+        row, lane = int32(cuda.blockIdx.x), int32(ptx.lane_index())
+        c, slot = int32(row % in_channels), int32(row // in_channels)
+        peak = float32(0)
+        i = lane
+        while i < out_channels * kernel_volume and row < rows:
+            k, tap = divide(i, kernel_volume)
+            value = abs(weight_at(weight, k, c, tap))
+            if value < INFINITY:
+                peak = max(peak, value)
+            i = int32(i + WARP)
+        exponent = scale_exponent(ptx.warp_max(ptx.float_bits(peak)))
+        scale = power_of_two(exponent)
+        if lane == 0:
+            unscale[row] = power_of_two(int32(254) - exponent)
+        # Eight words for each tap and 16 channels: word 2 t + w lies with lane t of the row.
+        item = lane
+        while item < kernel_volume * channel_groups * POSITION_WORDS:
+            rest, word = divide(item, POSITION_WORDS)
+            rest, channel_group = divide(rest, channel_groups)
+            rest, column = divide(rest, kernel_w)
+            plane, tile_row = divide(rest, kernel_h)
+            tap_d = int32(int32(slot - plane + kernel_d) % kernel_d)
+            tap = int32(tap_d * kernel_h + kernel_h - 1 - tile_row)
+            tap = int32(tap * kernel_w + kernel_w - 1 - column)
+            high, low = uint32(0), uint32(0)
+            if row < rows:
+                k = int32(channel_group * CHANNELS + word)
+                first = weight_at(weight, k, c, tap) * scale
+                second = weight_at(weight, int32(k + 8), c, tap) * scale
+                high, low = ptx.split_halves(first, second)
+            row_group, of_group = divide(row, CHANNELS)
+            set_of_a = int32(int32(item // POSITION_WORDS * row_groups + row_group) * parts)
+            target_lane = int32(of_group % 8 * 4 + word // 2)
+            at = int32(set_of_a * LANE_WORDS + 4 * target_lane + word % 2 * 2 + of_group // 8)
+            packed[uint64(at)] = high
+            if split:
+                packed[uint64(at + LANE_WORDS)] = low
+            item = int32(item + WARP)
+
+    return pack_turned_weights
+
+
+@cache
+def input_gradient_kernel(tile: InputTile) -> Any:
+    """The kernel that walks along d."""
+    shape = tile.shape
+    in_channels, split = shape.in_channels, shape.split
+    in_d, in_h, in_w = shape.in_size
+    out_d, out_h, out_w = shape.out_size
+    kernel_d, kernel_h, kernel_w = shape.kernel_size
+    padding_d, padding_h, padding_w = shape.padding
+    channel_groups, row_groups, rows = shape.packed_tiles, tile.row_groups, tile.rows
+    column_groups, planes = tile.column_groups, tile.planes
+    plane_tiles, row_tiles, column_tiles = tile.tiles
+    staged_rows, staged_columns = tile.staged_rows, tile.staged_columns
+    staged_positions, stage_words = staged_rows * staged_columns, tile.stage_words
+    position_words = POSITION_WORDS * channel_groups
+    rest_words = staged_positions * POSITION_WORDS
+    parts = 2 if split else 1
+    set_words = row_groups * parts * LANE_WORDS
+    accumulators = row_groups * column_groups * 4
+    columns = COLUMNS * column_groups
+
+    @cuda.jit(device=True)
+    def stage(dz, words, target, sample, plane, channel_group, first_h, first_w):
+        """Start copying a tile of a plane of dz, zeros where there is no output."""
+        first = (int64(sample) * out_d + plane) * (out_h * out_w)
+        item = int32(ptx.thread_index())
+        while item < staged_positions * 2:
+            position, quad = int32(item // 2), int32(item % 2)
+            row, column = divide(position, staged_columns)
+            h = int32(first_h + padding_h - (kernel_h - 1) + row)
+            w = int32(first_w + padding_w - (kernel_w - 1) + column)
+            inside = uint32(h) < uint32(out_h) and uint32(w) < uint32(out_w)
+            at = int64(0)
+            if inside:
+                at = (first + int32(h * out_w + w)) * position_words
+                at += int32(channel_group * POSITION_WORDS + 4 * quad)
+            ptx.copy_async_4(words, uint64(int32(target + 4 * item)), dz, uint64(at), inside)
+            item = int32(item + THREADS)
+
+    @cuda.jit(device=True)
+    def multiply(acc, i, a, b):
+        """One matrix instruction into the sums of eight columns."""
+        c0, c1, c2, c3 = acc[i], acc[i + 1], acc[i + 2], acc[i + 3]
+        c0, c1, c2, c3 = ptx.mma_half(a[0], a[1], a[2], a[3], b[0], b[1], c0, c1, c2, c3)
+        acc[i], acc[i + 1], acc[i + 2], acc[i + 3] = c0, c1, c2, c3
+
+    @cuda.jit(device=True)
+    def add_plane(acc, words, target, packed, first_set):
+        """Add what a staged tile of 16 channels brings to the planes of dx above it."""
+        lane = int32(ptx.lane_index())
+        row = int32(ptx.thread_index() // WARP)
+        base = int32(target + int32(row * staged_columns) * POSITION_WORDS)
+        base = int32(base + lane // 4 * POSITION_WORDS + 2 * (lane % 4))
+        for tap_row in range(kernel_h):
+            for tap_column in range(kernel_w):
+                tap = int32(tap_row * kernel_w + tap_column)
+                at = int64(int32(first_set + tap * channel_groups)) * set_words + 4 * lane
+                first = int32(base + (tap_row * staged_columns + tap_column) * POSITION_WORDS)
+                for group in range(row_groups):
+                    cuda.syncwarp()  # or the compiler loads far ahead and registers run out
+                    set_at = uint64(at + group * parts * LANE_WORDS)
+                    a = ptx.load_4(packed, set_at)
+                    a_rest = ptx.load_4(packed, set_at + uint64(LANE_WORDS)) if split else a
+                    for i in range(column_groups):
+                        word = uint64(int32(first + i * (COLUMNS * POSITION_WORDS)))
+                        b = ptx.load_2(words, word)
+                        of_group = 4 * (group * column_groups + i)
+                        if split:
+                            multiply(acc, of_group, a_rest, b)
+                            b_rest = ptx.load_2(words, word + uint64(rest_words))
+                            multiply(acc, of_group, a, b_rest)
+                        multiply(acc, of_group, a, b)
+
+    @cuda.jit(device=True)
+    def finish_plane(acc, grad_x, unscale, factor, n, padded_plane, first_plane, first_h, first_w):
+        """Write a complete plane of dx and start its rows anew."""
+        plane = int32(padded_plane - padding_d)
+        lane = int32(ptx.lane_index())
+        h = int32(first_h + int32(ptx.thread_index() // WARP))
+        slot = int32(int32(padded_plane + kernel_d) % kernel_d)
+        for half in range(2 * row_groups):
+            row = int32(lane // 4 + 8 * half)
+            if row < rows and row // in_channels == slot:
+                if plane >= first_plane and h < in_h:
+                    scale = factor * unscale[uint64(row)]
+                    index = (int64(n) * in_channels + row % in_channels) * in_d + plane
+                    index = (index * in_h + h) * in_w
+                    for i in range(column_groups):
+                        for e in range(2):
+                            w = int32(first_w + COLUMNS * i + 2 * (lane % 4) + e)
+                            if w < in_w:
+                                value = acc[4 * (half // 2 * column_groups + i) + half % 2 * 2 + e]
+                                grad_x[uint64(index + w)] = value * scale
+                for i in range(column_groups):
+                    for e in range(2):
+                        acc[4 * (half // 2 * column_groups + i) + half % 2 * 2 + e] = float32(0)
+
+    @cuda.jit(launch_bounds=(THREADS, 2))
+    def input_gradient(dz, rest, packed, unscale, scales, grad_x, first_sample):
+        """dx of some planes, 8 rows and up to 64 columns of a sample."""
+        words = cuda.shared.array(0, uint32)
+        acc = cuda.local.array(accumulators, float32)
+        tile_of, column_tile = divide(int32(cuda.blockIdx.x), column_tiles)
+        tile_of, row_tile = divide(tile_of, row_tiles)
+        sample, plane_tile = divide(tile_of, plane_tiles)
+        n = int32(first_sample + sample)
+        first_h, first_w = int32(row_tile * WARPS), int32(column_tile * columns)
+        factor = power_of_two(int32(254) - scales[2 * n])
+        for i in range(accumulators):
+            acc[i] = float32(0)
+
+        first_plane = int32(plane_tile * planes)
+        end = min(int32(first_plane + planes), int32(in_d))
+        # Planes of dz that reach the block's planes of dx, and 16 channels of each at a time.
+        plane = int32(first_plane + padding_d - (kernel_d - 1))
+        stop = int32(end + padding_d)
+        group, buffer = int32(0), int32(0)
+        if plane >= 0 and plane < out_d:
+            stage(dz, words, 0, sample, plane, 0, first_h, first_w)
+            if split:
+                stage(rest, words, rest_words, sample, plane, 0, first_h, first_w)
+        while plane < stop:
+            ptx.wait_for_copies()
+            cuda.syncthreads()
+            next_group, next_plane = int32(group + 1), plane
+            if next_group == channel_groups:
+                next_group, next_plane = int32(0), int32(plane + 1)
+            if next_plane < stop and next_plane >= 0 and next_plane < out_d:
+                target = int32((1 - buffer) * stage_words)
+                stage(dz, words, target, sample, next_plane, next_group, first_h, first_w)
+                if split:
+                    target = int32(target + rest_words)
+                    stage(rest, words, target, sample, next_plane, next_group, first_h, first_w)
+            if plane >= 0 and plane < out_d:
+                order = int32(int32(plane + kernel_d) % kernel_d)
+                first_set = int32(order * (kernel_h * kernel_w * channel_groups) + group)
+                add_plane(acc, words, int32(buffer * stage_words), packed, first_set)
+            if next_group == 0:
+                finish_plane(acc, grad_x, unscale, factor, n, plane, first_plane, first_h, first_w)
+            group, plane, buffer = next_group, next_plane, int32(1 - buffer)
+
+    return input_gradient

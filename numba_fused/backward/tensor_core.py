@@ -1,0 +1,413 @@
+"""The fast backward pass: every product on tensor cores, nothing but dz in between.
+
+The mathematics is that of `clear`. What differs is who does it: z is computed by forward's tiles
+and stays in registers (`chain_tiles`); dz goes to memory once, in halves, laid out for the two
+products that follow (`weight_gradient`, `input_gradient`). These are as accurate as rung ``split``
+is, by three products of halves, or take one of them with ``precision="tf32"``.
+
+dz is as large as half the output (as the output, in two halves), so it is not made all at once: a
+run of samples goes through all kernels before the next one, and they share the memory.
+
+Launch: pack the weights; statistics and their pooling, unless forward kept them; then for each run
+        of samples sums, means, gradient, dweight, dx; and at the end a kernel for the sums over all
+        samples of dgamma, dbeta and dbias, and one for those of dweight.
+        Kernels whose results nobody wants are not launched.
+Shapes: those of `clear`; dz and what the halves left over, (samples, D, H, W, K / 2) words each.
+Bytes:  with E the bytes of grad_out: x for the statistics; x + E for the sums; x + E for dz, and
+        E / 2 written (E with ``"ieee"``), which dweight and dx read once each; x for dweight; dx.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numba import cuda, float64, int32, int64, uint64
+from torch import Tensor
+
+from numba_fused.backward.chain_tiles import (
+    MEANS_THREADS,
+    POSITION_WORDS,
+    RECORD_VALUES,
+    ChainKernels,
+    chain_kernels,
+)
+from numba_fused.backward.clear_kernels import block_sum
+from numba_fused.backward.input_gradient import (
+    MOST_ROW_GROUPS,
+    InputTile,
+    input_gradient_kernel,
+    pack_kernel,
+)
+from numba_fused.backward.input_gradient import THREADS as INPUT_THREADS
+from numba_fused.backward.operands import Operands, Wanted, sum_over_samples
+from numba_fused.backward.weight_gradient import (
+    SUM_WARPS,
+    WeightTile,
+    weight_gradient_kernel,
+    weight_sum_kernel,
+)
+from numba_fused.backward.weight_gradient import THREADS as WEIGHT_THREADS
+from numba_fused.device.reductions import WARP
+from numba_fused.device.tensor_tile import power_of_two
+from numba_fused.device.tile_shape import CHANNELS
+from numba_fused.ladder.tensor_cores import (
+    LARGEST_SHARED_BYTES,
+    LEAST_CAPABILITY,
+    TileKind,
+    TilePlan,
+    prepare,
+    tile_limit,
+    tile_shape,
+)
+from numba_fused.spec import BlockSpec
+
+if TYPE_CHECKING:
+    from numba_fused.device.launch import Launcher
+
+least_capability = LEAST_CAPABILITY
+MOST_DZ_BYTES = 128 * 2**20  # of a run of samples
+MOST_CHANNELS = 1024  # of the output, whose sums `means_kernel` holds in shared memory
+ENOUGH_BLOCKS = 2 * 132  # a GPU's processors should have two each
+ORIGINAL = (1, 1, 1)
+SUM_THREADS = 256
+
+
+def kind(spec: BlockSpec) -> TileKind:
+    """Pairs of halves, in one part or in two."""
+    return TileKind(values_per_word=2, split=spec.precision == "ieee", one_pass=False)
+
+
+def limit(spec: BlockSpec) -> str | None:
+    """Why these kernels cannot differentiate `spec`, or None."""
+    if (reason := tile_limit(spec, kind(spec))) is not None:
+        return reason
+    if spec.stride3 != ORIGINAL or spec.dilation3 != ORIGINAL:
+        return (
+            f"it takes stride 1 and dilation 1, and the convolution has stride {spec.stride} and "
+            f"dilation {spec.dilation}"
+        )
+    if spec.out_channels > MOST_CHANNELS:
+        return f"it takes {MOST_CHANNELS} output channels, and there are {spec.out_channels}"
+    shape = tile_shape(spec, kind(spec))
+    tile = InputTile(shape, 1)
+    if tile.row_groups > MOST_ROW_GROUPS:
+        return (
+            f"in_channels * kernel depth is {tile.rows}, and registers hold "
+            f"{MOST_ROW_GROUPS * CHANNELS}"
+        )
+    needed = max(tile.shared_bytes, WeightTile(shape).shared_bytes)
+    if needed > LARGEST_SHARED_BYTES:
+        return (
+            f"its tiles need {needed // 1024} KB of shared memory, and there are "
+            f"{LARGEST_SHARED_BYTES // 1024}"
+        )
+    return None
+
+
+@cuda.jit(launch_bounds=(SUM_THREADS, 1))
+def bias_sum_kernel(records, scales, batch, tile_positions, grad_bias):
+    """dbias, a channel a block: the sums of dz of all samples' tiles, rid of their scales."""
+    scratch = cuda.shared.array(WARP, float64)
+    k = int32(cuda.blockIdx.x)
+    total = float64(0)
+    n = int32(cuda.threadIdx.x // WARP)
+    while n < batch:
+        of_sample = float64(0)
+        first = (int64(n) * grad_bias.size + k) * tile_positions
+        i = int32(cuda.laneid)
+        while i < tile_positions:
+            of_sample += records[uint64(first + i)]
+            i = int32(i + WARP)
+        total += of_sample * power_of_two(int32(254) - scales[2 * n])
+        n = int32(n + SUM_THREADS // WARP)
+    total = block_sum(total, scratch)
+    if cuda.threadIdx.x == 0:
+        grad_bias[k] = total
+
+
+class BackwardPlan:
+    """What of a call depends on its tiles alone.
+
+    Attributes
+    ----------
+    tiles : TilePlan
+        Forward's.
+    kernels : ChainKernels
+    weight_tile : WeightTile
+    input_tile : InputTile
+    tile_positions : int
+        Tiles of a sample that have the same channels.
+    sample_words : int
+        Words of a sample's dz, of one part.
+    samples : int
+        In a run that goes through all kernels.
+    """
+
+    def __init__(self, spec: BlockSpec, tiles: TilePlan) -> None:
+        self.tiles = tiles
+        shape = tiles.shape
+        self.kernels: ChainKernels = chain_kernels(shape)
+        self.weight_tile = WeightTile(shape)
+        self.tile_positions = shape.tiles_per_sample // shape.tiles[0]
+        self.sample_words = math.prod(shape.out_size) * POSITION_WORDS * shape.packed_tiles
+        sample_bytes = 4 * self.sample_words * (2 if shape.split else 1)
+        runs = -(-spec.batch // max(1, MOST_DZ_BYTES // sample_bytes))
+        self.samples = -(-spec.batch // runs)
+        whole = InputTile(shape, shape.in_size[0])
+        splits = min(shape.in_size[0], -(-ENOUGH_BLOCKS // whole.blocks(self.samples)))
+        self.input_tile = InputTile(shape, -(-shape.in_size[0] // splits))
+
+
+def gradients(
+    launch: Launcher,
+    operands: Operands,
+    statistics: tuple[Tensor, Tensor] | None,
+    wanted: Wanted,
+) -> list[Tensor | None]:
+    """As `clear.gradients`."""
+    if not any(wanted):
+        return [None] * 5
+    return Backward(launch, operands, statistics, wanted).gradients()
+
+
+class Backward:
+    """One call: its tensors, and a method for each kernel.
+
+    Parameters
+    ----------
+    launch, operands, statistics, wanted
+        As `gradients` takes them.
+    """
+
+    def __init__(
+        self,
+        launch: Launcher,
+        operands: Operands,
+        statistics: tuple[Tensor, Tensor] | None,
+        wanted: Wanted,
+    ) -> None:
+        spec = operands.spec
+        self.launch, self.operands, self.wanted = launch, operands, wanted
+        tiles, self.scratch = prepare(
+            launch, spec, kind(spec), operands.x, operands.weight, operands.grad_out
+        )
+        self.plan = plan = BackwardPlan(spec, tiles)
+        self.shape = tiles.shape
+        self.mean, self.rstd = statistics or self.group_statistics()
+
+        planes, run_positions = spec.batch * spec.out_channels, plan.samples * plan.tile_positions
+        self.records = self.floats(RECORD_VALUES * run_positions * spec.out_channels)
+        run_threads = plan.samples * self.shape.tiles_per_sample * self.shape.threads
+        self.passes = self.empty(2 * run_threads, torch.uint32)
+        self.sum_g, self.sum_gx = self.floats(planes), self.floats(planes)
+        self.coefficients = self.floats(4 * planes)
+        self.scales = self.empty(2 * spec.batch, torch.int32)
+        if any(wanted[:3]):
+            self.dz = self.empty(plan.samples * plan.sample_words, torch.uint32)
+            self.rest = torch.empty_like(self.dz) if self.shape.split else self.dz
+            self.dz_records = self.floats(planes * plan.tile_positions)
+        if wanted[0]:
+            self.grad_x = torch.empty_like(operands.x)
+            self.turned_weights = self.empty(plan.input_tile.packed_words, torch.uint32)
+            self.unscale = self.floats(CHANNELS * plan.input_tile.row_groups)
+        if wanted[1]:
+            parts = spec.batch * plan.weight_tile.parts
+            self.partial = self.floats(parts * operands.weight.numel())
+
+    def empty(self, size: int, dtype: torch.dtype) -> Tensor:
+        """Memory on the operands' device."""
+        return torch.empty(size, dtype=dtype, device=self.operands.x.device)
+
+    def floats(self, size: int) -> Tensor:
+        """Memory for fp32 values."""
+        return self.empty(size, torch.float32)
+
+    def gradients(self) -> list[Tensor | None]:
+        """All kernels, in order."""
+        batch, step = self.operands.spec.batch, self.plan.samples
+        if self.wanted[0]:
+            self.pack_turned_weights()
+        for first in range(0, batch, step):
+            samples = min(step, batch - first)
+            self.sums(first, samples)
+            self.means(first, samples)
+            if any(self.wanted[:3]):
+                self.convolution_gradient(first, samples)
+            if self.wanted[1]:
+                self.weight_gradient(first, samples)
+            if self.wanted[0]:
+                self.input_gradient(first, samples)
+        return [
+            self.grad_x if self.wanted[0] else None,
+            self.weight_sum() if self.wanted[1] else None,
+            self.bias_sum() if self.wanted[2] else None,
+            sum_over_samples(self.launch, self.operands, self.sum_gx) if self.wanted[3] else None,
+            sum_over_samples(self.launch, self.operands, self.sum_g) if self.wanted[4] else None,
+        ]
+
+    # ---- one method for each kernel -------------------------------------------------------------
+
+    def launch_tiles(self, kernel: Any, samples: int, *arguments: Any) -> None:
+        """One of the kernels that convolve, a tile a block."""
+        shape = self.shape
+        self.launch(
+            kernel,
+            samples * shape.tiles_per_sample,
+            shape.threads,
+            self.operands.x,
+            self.scratch,
+            self.operands.bias,
+            *arguments,
+            shared_bytes=shape.shared_bytes,
+        )
+
+    def group_statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and rstd of each (sample, group)."""
+        operands, batch = self.operands, self.operands.spec.batch
+        mean, rstd = (self.floats(operands.arguments.group_count) for _ in range(2))
+        self.launch_tiles(self.plan.kernels.statistics, batch)
+        self.launch(
+            self.plan.kernels.pool,
+            batch * self.shape.tiles[0],
+            self.shape.threads,
+            self.scratch,
+            operands.arguments.eps,
+            mean,
+            rstd,
+        )
+        return mean, rstd
+
+    def sums(self, first: int, samples: int) -> None:
+        """Records of g's sums, and where the chain passes a gradient."""
+        operands, arguments = self.operands, self.operands.arguments
+        cap, min_value, max_value = arguments.bounds
+        _, drop_threshold, keep_scale = arguments.dropout
+        self.launch_tiles(
+            self.plan.kernels.sums,
+            samples,
+            operands.gamma,
+            operands.beta,
+            self.mean,
+            self.rstd,
+            operands.grad_out,
+            self.records,
+            self.passes,
+            np.int32(first),
+            (min_value, min(cap, max_value)),
+            operands.seed,
+            drop_threshold,
+            keep_scale,
+        )
+
+    def means(self, first: int, samples: int) -> None:
+        """Sums of each channel, coefficients of dz, scales."""
+        self.launch(
+            self.plan.kernels.means,
+            samples,
+            MEANS_THREADS,
+            self.records,
+            self.operands.gamma,
+            self.rstd,
+            self.sum_g,
+            self.sum_gx,
+            self.coefficients,
+            self.scales,
+            np.int32(first),
+        )
+
+    def convolution_gradient(self, first: int, samples: int) -> None:
+        """dz of some samples."""
+        operands = self.operands
+        of_sample = operands.spec.out_channels * self.plan.tile_positions
+        self.launch_tiles(
+            self.plan.kernels.gradient,
+            samples,
+            self.mean,
+            self.rstd,
+            self.coefficients,
+            operands.grad_out,
+            self.passes,
+            self.dz,
+            self.rest,
+            self.dz_records[first * of_sample :],
+            np.int32(first),
+            operands.arguments.dropout[2],
+        )
+
+    def weight_gradient(self, first: int, samples: int) -> None:
+        """What some samples add to dweight."""
+        tile = self.plan.weight_tile
+        self.launch(
+            weight_gradient_kernel(tile),
+            tile.blocks(samples),
+            WEIGHT_THREADS,
+            self.operands.x,
+            self.dz,
+            self.rest,
+            self.scales,
+            self.partial,
+            np.int32(first),
+            shared_bytes=tile.shared_bytes,
+        )
+
+    def weight_sum(self) -> Tensor:
+        """dweight, flat."""
+        weight = self.operands.weight
+        found, size = torch.empty_like(weight), weight.numel()
+        self.launch(
+            weight_sum_kernel(self.plan.weight_tile.parts, size),
+            -(-size // WARP),
+            SUM_WARPS * WARP,
+            self.partial,
+            self.scales,
+            np.int32(self.operands.spec.batch),
+            found,
+        )
+        return found
+
+    def bias_sum(self) -> Tensor:
+        """dbias."""
+        found = torch.empty_like(self.operands.bias)
+        self.launch(
+            bias_sum_kernel,
+            found.numel(),
+            SUM_THREADS,
+            self.dz_records,
+            self.scales,
+            np.int32(self.operands.spec.batch),
+            np.int32(self.plan.tile_positions),
+            found,
+        )
+        return found
+
+    def pack_turned_weights(self) -> None:
+        """The weights as dx takes them."""
+        tile = self.plan.input_tile
+        self.launch(
+            pack_kernel(tile),
+            CHANNELS * tile.row_groups,
+            WARP,
+            self.operands.weight,
+            self.turned_weights,
+            self.unscale,
+        )
+
+    def input_gradient(self, first: int, samples: int) -> None:
+        """dx of some samples."""
+        tile = self.plan.input_tile
+        self.launch(
+            input_gradient_kernel(tile),
+            tile.blocks(samples),
+            INPUT_THREADS,
+            self.dz,
+            self.rest,
+            self.turned_weights,
+            self.unscale,
+            self.scales,
+            self.grad_x,
+            np.int32(first),
+            shared_bytes=tile.shared_bytes,
+        )
