@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from numba_fused import ladder, plan
+from numba_fused import backward, ladder, plan
 from numba_fused.ladder.rung_0_torch import draw_mask, dropout_mask
 from numba_fused.reference import chain, convolution_precision, seed_tensor
 from numba_fused.spec import BlockSpec, DegenerateChainWarning, IntOrTuple, Padding
@@ -149,9 +149,11 @@ def fused_conv_group_norm_min_clamp_dropout(
 
     Notes
     -----
-    Differentiable in x, weight, bias, gamma and beta: backward recomputes the chain with
-    PyTorch's operators and the forward's own mask, so it costs what eager PyTorch costs. In eager
-    mode the gradients can be differentiated again; compiled ones cannot.
+    Differentiable in x, weight, bias, gamma and beta: backward computes the convolution and the
+    mask again instead of keeping them. On a GPU it has kernels of its own for narrow convolutions
+    (`numba_fused.backward`), and otherwise, and with ``variant="torch"``, costs what eager PyTorch
+    costs.
+    In eager mode the gradients can be differentiated again; compiled ones cannot.
 
     Under ``torch.autocast`` the operands are rounded to its dtype, as a convolution's are (float64
     stays), the block is computed in float32, and the result has autocast's dtype.
@@ -205,6 +207,48 @@ def in_pytorch(spec: BlockSpec, keep_mask: Tensor | None, operands: Operands) ->
 
 
 def gradients(
+    call: Call,
+    seed: Tensor | None,
+    grad_out: Tensor,
+    operands: Operands,
+    wanted: Sequence[bool],
+    *,
+    create_graph: bool,
+) -> list[Tensor]:
+    """Gradients of the operands that are `wanted`, in order.
+
+    Kernels know of no graph, so gradients that are to be differentiated again are PyTorch's.
+    """
+    variant = backward_for(call, grad_out.device)
+    if variant is None or create_graph:
+        return in_pytorch_backward(
+            call.spec, seed, grad_out, operands, wanted, create_graph=create_graph
+        )
+    x, weight, bias, gamma, beta = computed(operands)
+    of_x, of_weight, of_bias, of_gamma, of_beta = wanted
+    found = backward.run(
+        x,
+        weight,
+        bias,
+        gamma,
+        beta,
+        grad_out.to(x.dtype),
+        spec=call.spec,
+        seed=seed,
+        wanted=(of_x, of_weight, of_bias, of_gamma, of_beta),
+        variant=variant,
+    )
+    return [gradient.to(operands[0].dtype) for gradient in found if gradient is not None]
+
+
+def backward_for(call: Call, device: torch.device) -> str | None:
+    """The backward variant of a call; None for PyTorch's operators."""
+    if device.type == "cpu" or call.rung == "torch":
+        return None
+    return plan.choose_backward(call.spec, device)
+
+
+def in_pytorch_backward(
     spec: BlockSpec,
     seed: Tensor | None,
     grad_out: Tensor,
@@ -213,7 +257,7 @@ def gradients(
     *,
     create_graph: bool,
 ) -> list[Tensor]:
-    """Gradients of the operands that are `wanted`, in order, through PyTorch's operators."""
+    """As `gradients`, by recomputing the block as PyTorch's operators."""
     mask = dropout_mask(spec, seed)
     with convolution_precision(spec), without_autocast(grad_out), torch.enable_grad():
         # Views, because an operand may depend on another: these gradients are partial ones.
@@ -270,11 +314,11 @@ def derivative_wanted(operands: tuple[Tensor | None, ...]) -> bool:
 
 
 class _Block(torch.autograd.Function):
-    """Forward by a variant, backward by differentiating PyTorch's operators."""
+    """The block to autograd."""
 
     @staticmethod
     def forward(ctx: Any, call: Call, seed: Tensor | None, *operands: Tensor | None) -> Tensor:
-        ctx.spec = call.spec
+        ctx.call = call
         ctx.save_for_backward(seed, *operands)
         return forward(call, seed, operands)
 
@@ -285,7 +329,7 @@ class _Block(torch.autograd.Function):
         # Autograd turns gradients on inside a backward that is to be differentiated again.
         create_graph = torch.is_grad_enabled()
         each = iter(
-            gradients(ctx.spec, seed, grad_out, tuple(operands), wanted, create_graph=create_graph)
+            gradients(ctx.call, seed, grad_out, tuple(operands), wanted, create_graph=create_graph)
         )
         return (None, None, *(next(each) if want else None for want in wanted))
 
@@ -357,16 +401,16 @@ def _(*arguments: Any) -> Tensor:
 @torch.library.custom_op(
     "numba_fused::block_backward",
     mutates_args=(),
-    schema=f"(Tensor grad_out, {OPERANDS}, {OPTIONS}, bool[] wanted) -> Tensor[]",
+    schema=f"(Tensor grad_out, {OPERANDS}, {OPTIONS}, str variant, bool[] wanted) -> Tensor[]",
 )
 def block_backward(*arguments: Any) -> list[Tensor]:
     """The gradients of `block`'s operands that are `wanted`, contiguous."""
     grad_out, *operands, seed = arguments[:7]
-    options, wanted = python_options(arguments[7:-1]), arguments[-1]
-    spec = validated(tuple(operands), options, "auto").spec
-    seed = _checked_seed(spec, seed, operands[0].device)
+    options, variant, wanted = python_options(arguments[7:-2]), arguments[-2], arguments[-1]
+    call = validated(tuple(operands), options, variant)
+    seed = _checked_seed(call.spec, seed, operands[0].device)
     with autograd_in_operator():
-        each = gradients(spec, seed, grad_out, tuple(operands), wanted, create_graph=False)
+        each = gradients(call, seed, grad_out, tuple(operands), wanted, create_graph=False)
     return [gradient.contiguous() for gradient in each]
 
 
@@ -378,7 +422,7 @@ def _(*arguments: Any) -> list[Tensor]:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:6])
-    ctx.options = inputs[6:-1]
+    ctx.options = inputs[6:]
 
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,4 +1,4 @@
-"""Which variant `variant="auto"` means, for a shape."""
+"""Which variant `variant="auto"` means, for a shape, and which one differentiates it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from numba_fused import ladder
+from numba_fused import backward, ladder
 from numba_fused.spec import BlockSpec
 
 SIMULATOR_MULTIPLY_ADDS = 2_000_000  # about a minute of simulation
@@ -34,9 +34,27 @@ def choose(spec: BlockSpec, device: torch.device | None = None) -> str:
 
 @lru_cache(maxsize=4096)
 def _choose(spec: BlockSpec, capability: tuple[int, int]) -> str:
-    small = math.prod(spec.weight_shape[1:]) <= MOST_TAPS
-    rungs = map(ladder.get, (*TILES, *OTHERS) if small else OTHERS)
+    rungs = map(ladder.get, (*TILES, *OTHERS) if _is_narrow(spec) else OTHERS)
     return next(r.name for r in rungs if r.obstacle(spec, capability) is None)
+
+
+def _is_narrow(spec: BlockSpec) -> bool:
+    return math.prod(spec.weight_shape[1:]) <= MOST_TAPS
+
+
+def choose_backward(spec: BlockSpec, device: torch.device | None = None) -> str | None:
+    """Name of the backward variant for a GPU; None leaves it to PyTorch's operators.
+
+    The clear variant is for reading: PyTorch's operators are faster. Wide convolutions are left
+    to them as well, as forward leaves theirs to the library.
+    """
+    return _choose_backward(spec, ladder.capability(device))
+
+
+@lru_cache(maxsize=4096)
+def _choose_backward(spec: BlockSpec, capability: tuple[int, int]) -> str | None:
+    able = backward.obstacle("tensor_core", spec, capability) is None
+    return "tensor_core" if able and _is_narrow(spec) else None
 
 
 def check_simulable(spec: BlockSpec, variant: str) -> None:

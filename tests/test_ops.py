@@ -123,7 +123,7 @@ def test_opcheck_of_the_backward(case: str, monkeypatch: pytest.MonkeyPatch) -> 
     without_x = [False, *present[1:]]
     grad_out = torch.randn_like(ops.block(*arguments))
     for wanted in (present, without_x):
-        torch.library.opcheck(ops.block_backward, (grad_out, *arguments[:-1], wanted))
+        torch.library.opcheck(ops.block_backward, (grad_out, *arguments, wanted))
 
 
 def test_strided_operands_have_contiguous_results(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +133,7 @@ def test_strided_operands_have_contiguous_results(monkeypatch: pytest.MonkeyPatc
     x = x.to(memory_format=torch.channels_last)
     assert not x.is_contiguous()
     out = ops.block(x, *others, seed, *options)
-    grads = ops.block_backward(out, x, *others, seed, *options[:-1], [True] * 5)
+    grads = ops.block_backward(out, x, *others, seed, *options, [True] * 5)
     assert all(t.is_contiguous() for t in (out, *grads))
 
 
