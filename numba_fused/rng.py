@@ -101,14 +101,21 @@ def dropout(value, index, seed, width, drop_threshold, keep_scale):
 
 @cuda.jit(device=True)
 def keep_bits(seed, stream, drop_threshold):
-    """The 16 decisions of one stream: bit `j` is set where position `j` of the run survives."""
-    s0, s1 = seed_stream(seed, stream)
+    """The 16 decisions of one stream: bit `j` is set where position `j` of the run survives.
+
+    Compared as 32-bit words, which takes half the instructions of 64-bit ones. The one threshold
+    that is not such a word, 2**32, drops all.
+    """
     bits = uint32(0)
+    if int64(drop_threshold) > int64(LOW_32):
+        return bits
+    threshold = uint32(drop_threshold)
+    s0, s1 = seed_stream(seed, stream)
     for position in range(0, RUN, 2):
         result, s0, s1 = step(s0, s1)
-        if int64(result >> uint64(32)) >= drop_threshold:
+        if uint32(result >> uint64(32)) >= threshold:
             bits = uint32(bits | uint32(1) << uint32(position))
-        if int64(result & LOW_32) >= drop_threshold:
+        if uint32(result & LOW_32) >= threshold:
             bits = uint32(bits | uint32(2) << uint32(position))
     return bits
 

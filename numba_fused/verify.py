@@ -2,7 +2,8 @@
 
 A case is a shape, a set of parameters and a family of inputs, drawn from ``(seed, index)``
 alone: case 17 of seed 0 is the same in every run, whatever else runs. No case is degenerate: the
-bounds always leave something for the convolution to show.
+bounds always leave something for the convolution to show. One in five is wide: few channels and
+rows of 17 to 130 positions, over which a block's warps can share in every way.
 
 The judge computes the block in fp64 with the kernels' own dropout mask and asks four things:
 
@@ -65,6 +66,10 @@ BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 OVERHEAD_MACS = 20
 # Case i is run twice where i % 4 is the first of these, and with crossed bounds where the second.
 REPEATED, CROSSED = 1, 3
+# Case i is wide where i % 5 is this: rows of the output then have as many positions as tiles of 2
+# to 8 warps do, some of which lie across the end of the row and some wholly beyond it.
+WIDE = 3
+WIDTHS = (17, 130)
 # Where h is as close to a bound as this, rounding decides whether it lets a gradient through.
 MARGIN = 1e-3
 
@@ -256,7 +261,7 @@ def _case(seed: int, index: int, max_macs: int, dtype: str | None) -> Case:
     draw = random.Random(f"{seed}/{index}")
     chosen = draw.choice(("float32", "float32", "float32", "float64"))
     while True:
-        shapes = _shapes(draw, max_macs)
+        shapes = _shapes(draw, max_macs, wide=index % 5 == WIDE)
         if shapes is None:
             continue
         x_shape, weight_shape, arguments = shapes
@@ -286,15 +291,13 @@ def _case(seed: int, index: int, max_macs: int, dtype: str | None) -> Case:
 
 
 def _shapes(
-    draw: random.Random, max_macs: int
+    draw: random.Random, max_macs: int, *, wide: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]] | None:
     """Shapes of x and weight and the convolution's keywords; None if they came out too large."""
     axes = draw.choice((1, 2, 3, 3))
     kernel = [draw.choice((1, 2, 3, 3, 3, 4, 5)) for _ in range(axes)]
-    groups = draw.choice((1, 1, 1, 2, 3, 4))
-    channels = groups * draw.choice((1, 2, 3, 4, 5, 8))
-    out_channels = groups * draw.choice((1, 2, 3, 4, 5, 8, 16))
-    batch = draw.choice((1, 1, 2, 3, 5))
+    groups, channels, out_channels = _channels(draw, wide)
+    batch = draw.choice((1, 2) if wide else (1, 1, 2, 3, 5))
     macs = channels // groups * math.prod(kernel) + OVERHEAD_MACS
     most_positions = max_macs // (macs * out_channels * batch)
     if most_positions < 4:
@@ -307,7 +310,9 @@ def _shapes(
     )
     if draw.random() < 0.2:
         padding, stride = "same", [1] * axes
-    output = _output_size(draw, axes, most_positions)
+    output = _wide_size(draw, axes) if wide else _output_size(draw, axes, most_positions)
+    if math.prod(output) > most_positions:
+        return None
     spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
     zeros = _total_padding(padding, spans)
     size = [
@@ -322,6 +327,29 @@ def _shapes(
     }
     x_shape = (batch, channels, *size)
     return x_shape, (out_channels, channels // groups, *kernel), arguments
+
+
+def _channels(draw: random.Random, wide: bool) -> tuple[int, int, int]:
+    """Groups of the convolution, channels in and out; few where the row takes all the work."""
+    if wide:
+        return 1, draw.choice((1, 2, 3)), draw.choice((1, 2, 3, 4))
+    groups = draw.choice((1, 1, 1, 2, 3, 4))
+    channels = groups * draw.choice((1, 2, 3, 4, 5, 8))
+    return groups, channels, groups * draw.choice((1, 2, 3, 4, 5, 8, 16))
+
+
+def _wide_size(draw: random.Random, axes: int) -> list[int]:
+    """One long row, or two where there is an axis for it; most often of whole runs.
+
+    A warp has the positions of one run. If the row ends where the run does, what the next warp
+    would compute is not zero: its taps still reach the input's edge.
+    """
+    sizes = [1] * axes
+    if axes > 1:
+        sizes[-2] = draw.choice((1, 2))
+    runs = rng.RUN * draw.choice((3, 5, 6, 7))
+    sizes[-1] = draw.choice((runs, runs, runs + draw.choice((-1, 1)), draw.randint(*WIDTHS)))
+    return sizes
 
 
 def _output_size(draw: random.Random, axes: int, most_positions: int) -> list[int]:

@@ -150,6 +150,18 @@ def test_a_whole_run_at_once_is_the_same_mask(seed: int) -> None:
     assert np.array_equal(kept, nf.keep_mask(seed, (7, 16), p))
 
 
+def test_a_whole_runs_thresholds_are_exact_to_the_last_draw() -> None:
+    """A draw is kept if it is the threshold, not below it; 0 keeps all and 2**32 nothing."""
+    seed, streams = 5, 4
+    words = seed_tensor(seed, torch.device("cpu"))
+    drawn = rng.draws(seed, (streams, 16)).astype(np.int64)
+    for threshold in (0, 1, 2**31, *drawn[2].tolist(), *(drawn[2] + 1).tolist(), 2**32 - 1, 2**32):
+        bits = np.zeros(streams, dtype=np.uint32)
+        Simulator().launch(keep_bits_kernel, 1, streams, bits, words, threshold)
+        kept = bits[:, None] >> np.arange(16, dtype=np.uint32) & 1
+        assert np.array_equal(kept, drawn >= threshold), threshold
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_dropout_scales_what_it_keeps_and_zeroes_the_rest(width: int, dtype: type) -> None:

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from numba_fused import ladder, verify
+from numba_fused import ladder, rng, verify
+from numba_fused.ladder import rung_8_split
+from numba_fused.ladder.tensor_cores import tile_shape
 from numba_fused.reference import chain, convolution
 from numba_fused.spec import BlockSpec
 from numba_fused.verify import Case, Result, Tensors, cases, check, judge
@@ -102,6 +104,33 @@ def test_cases_stay_within_their_size() -> None:
 )
 def test_cases_cover(what: str, values: Callable[[Case], object], wanted: set[object]) -> None:
     assert wanted <= set(map(values, MANY)), what
+
+
+def test_one_case_in_five_is_one_or_two_long_rows() -> None:
+    wide = [case for case in MANY if case.index % 5 == verify.WIDE]
+    assert len(wide) == len(MANY) / 5
+    widths = [case.spec.output_size[-1] for case in wide]
+    assert verify.WIDTHS[0] <= min(widths) <= max(widths) <= verify.WIDTHS[1]
+    assert {width % rng.RUN for width in widths} >= {0, 1, rng.RUN - 1}
+    rows = [math.prod(case.spec.output_size[:-1]) for case in wide]
+    assert {1, 2} <= set(rows)
+    assert np.mean([count <= 2 for count in rows]) > 0.8  # padding can make more of one
+
+
+def has_an_idle_warp_over_inputs(case: Case) -> bool:
+    """Whether a warp of rung split's tile has no outputs, but taps that reach the input's edge."""
+    if ladder.get("split").limit(case.spec) is not None:
+        return False
+    tile = tile_shape(case.spec, rung_8_split.kind(case.spec))
+    width, whole_runs = tile.out_size[2], -(-tile.out_size[2] // rng.RUN) * rng.RUN
+    first_input = whole_runs * tile.stride[2] - tile.padding[2]
+    return width <= tile.columns - rng.RUN and first_input < tile.in_size[2]
+
+
+@pytest.mark.parametrize("max_macs", [verify.SIMULATOR_MACS, verify.GPU_MACS])
+def test_a_run_of_20_cases_has_warps_beyond_the_last_column(max_macs: int) -> None:
+    """What such a warp computes belongs to nobody; counted, it once spoiled the statistics."""
+    assert any(map(has_an_idle_warp_over_inputs, cases(0, 20, max_macs=max_macs)))
 
 
 def test_tensors_are_of_the_spec_and_their_family() -> None:

@@ -24,6 +24,8 @@ from numba_fused.results import Row, label
 def ladder_figure(rows: Sequence[Row]) -> Figure:
     """Bars of the time of every variant of one case, with the floor and the baselines as lines.
 
+    Where the rows are of both precisions, those with TF32 say so.
+
     Parameters
     ----------
     rows : sequence of dict
@@ -41,7 +43,8 @@ def ladder_figure(rows: Sequence[Row]) -> Figure:
     shown = timed(rows)
     if not shown:
         raise NotMeasuredError("no row has a time to draw: every one failed or was skipped")
-    first = shown[0]
+    first = min(shown, key=lambda row: row["precision"])  # "ieee", if there is one
+    mixed = len({row["precision"] for row in shown}) > 1
     figure = new_figure(2.4 + 0.45 * len(shown))
     ax = figure.subplots()
     for place, row in enumerate(shown):
@@ -52,7 +55,7 @@ def ladder_figure(rows: Sequence[Row]) -> Figure:
         if name:
             ax.axvline(row["p50_ms"], color=colour, ls=":", lw=2, label=name)
     ax.axvline(first["floor_ms"], color=VERMILION, ls="--", lw=2, label="memory floor")
-    ax.set_yticks(range(len(shown)), [label(row) for row in shown])
+    ax.set_yticks(range(len(shown)), [_name(row, mixed) for row in shown])
     ax.invert_yaxis()
     ax.set_xscale("log")
     left = first["floor_ms"] / 1.5
@@ -60,5 +63,12 @@ def ladder_figure(rows: Sequence[Row]) -> Figure:
     plain_log(ax.xaxis)
     ax.set_xlabel(f"GPU time of one call (ms; log scale that starts at {left:.2g})")
     figure.suptitle(heading(first))
+    if mixed:
+        ax.set_title("with TF32 where it says so", loc="right", fontsize=13)
     legend_below(figure, 3)
     return figure
+
+
+def _name(row: Row, mixed: bool) -> str:
+    """What a bar is called; of both precisions, TF32 is told apart."""
+    return f"{label(row)}, TF32" if mixed and row["precision"] == "tf32" else label(row)
