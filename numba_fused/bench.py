@@ -10,6 +10,11 @@ has no time here.
 PyTorch runs with its own dropout (it is not charged for our mask), cudnn.benchmark on, and at
 the precision that is asked of the rungs: ``"ieee"`` keeps TF32 out of cuDNN, ``"tf32"`` is
 PyTorch's default, which admits it.
+
+With ``backward`` a call is a forward pass, that of a rung through the public function, and the
+gradients of all five operands, for a given gradient of the output. Every gradient is judged before
+and after as the output is. Where rounding could move a value across a bound, the gradient of the
+output is zero: one value in 10**8 on the other side would outweigh all rounding errors.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -35,10 +40,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from numba_fused import ladder, ops, plan, results, rng
-from numba_fused.reference import chain, convolution_precision
+from numba_fused.reference import chain, convolution_precision, full_precision
 from numba_fused.results import AUTO, COMPILED, EAGER, Row, variants
 from numba_fused.spec import BlockSpec
-from numba_fused.verify import Tensors, Yardstick, poisoned, relative_error, yardstick
+from numba_fused.verify import (
+    MARGIN,
+    Result,
+    Tensors,
+    Yardstick,
+    _gradient_yardsticks,
+    _gradients,
+    _judge_each,
+    poisoned,
+    relative_error,
+    rounded_to_tf32,
+    yardstick,
+)
 
 # Never degenerate: cap is above min_value.
 CHAIN = {"min_value": -1.0, "max_value": 1.0, "cap": 0.5, "dropout_p": 0.2, "training": True}
@@ -48,8 +65,15 @@ SAMPLE_MS = 3.0  # a timed sample is at least this long: event resolution is 0.5
 MIN_SETS = 3
 # What PyTorch may be off by where it may use TF32, as it does by default.
 TF32_BASELINE_BOUND = 2e-3
+# No value is moved as far by TF32, whose error is 3e-4: what lies closer to a bound may cross it.
+TF32_MARGIN = 1e-2
+# PyTorch's gradients may be off by this many times what a rung's may be. torch.compile sums in
+# another order than eager, and it is here to be timed: a wrong gradient is off by far more.
+BASELINE_SLACK = 5
+GRADIENT_SEED = 10_000  # plus the input set; inputs have seeds from 0
 
 Call: TypeAlias = Callable[[int], Tensor]
+Item = TypeVar("Item")
 
 
 # ---- cases ------------------------------------------------------------------------------------
@@ -282,6 +306,8 @@ def run(
     chosen: Sequence[str] | None = None,
     threads_per_block: int = ladder.DEFAULT_THREADS_PER_BLOCK,
     precision: str = "ieee",
+    *,
+    backward: bool = False,
 ) -> Iterator[Row]:
     """Measure variants of a benchmark case on the current GPU.
 
@@ -295,6 +321,9 @@ def run(
         For the rungs that take it.
     precision : str
         ``"ieee"`` or ``"tf32"``, for the rungs and for PyTorch.
+    backward : bool
+        Time forward and backward pass together, through the public function, which chooses the
+        launch configuration by itself.
 
     Yields
     ------
@@ -307,12 +336,14 @@ def run(
     RuntimeError
         There is no GPU.
     ValueError
-        Unknown case or variant.
+        Unknown case or variant, or a launch configuration with `backward`.
     """
     check_usage(name, chosen, precision)
+    if backward:
+        check_usual_threads(threads_per_block)
     bench = Bench()
     for variant in chosen or variants():
-        yield bench.row(name, variant, threads_per_block, precision)
+        yield bench.row(name, variant, threads_per_block, precision, backward=backward)
 
 
 @dataclass
@@ -327,7 +358,6 @@ class Bench:
 
     lost_to: str = ""
     _set_up: tuple[str, str] | None = None
-    _shared: Row = field(default_factory=dict)
     _workload: Workload | None = None
     _failure: Row = field(default_factory=dict)
 
@@ -337,31 +367,35 @@ class Bench:
         variant: str,
         threads_per_block: int = ladder.DEFAULT_THREADS_PER_BLOCK,
         precision: str = "ieee",
+        *,
+        backward: bool = False,
     ) -> Row:
         """The row of one variant, whatever becomes of it; its seconds include a case's set-up."""
         began = time.perf_counter()
-        row: Row = {"variant": variant}
-        if takes_threads_per_block(variant):
+        row = case_row(name, case_spec(name, precision), backward=backward) | {"variant": variant}
+        if takes_threads_per_block(variant, backward=backward):
             row["threads_per_block"] = threads_per_block
         with gpu_to_itself(), _cudnn_benchmark():
             if self._set_up != (name, precision):
                 self._prepare(name, precision)
+            row |= self._provenance
             work = self._workload
-            row |= measure(work, variant, threads_per_block) if work else self._failure
+            if work:
+                row |= work.row(backward=backward)
+                row |= measure(work, variant, threads_per_block, backward=backward)
+            else:
+                row |= self._failure
             if work and _gpu_is_lost():
                 self.lost_to = variant
                 self._workload, self._failure = None, _failed(f"the GPU was lost to {variant}")
         seconds = round(time.perf_counter() - began, 3)
-        return self._shared | row | {"seconds": seconds, "utc": results.now()}
+        return row | {"seconds": seconds, "utc": results.now()}
 
     def _prepare(self, name: str, precision: str) -> None:
         # The last case's tensors are gone before the next one's are made.
         self._set_up, self._workload, self._failure = (name, precision), None, {}
-        spec = case_spec(name, precision)
-        self._shared = case_row(name, spec) | self._provenance
         try:
-            self._workload = Workload.build(name, spec)
-            self._shared |= self._workload.row()
+            self._workload = Workload.build(name, case_spec(name, precision))
         except Exception as problem:  # every variant has its row, come what may
             self._failure = _failed(f"the case could not be set up: {one_line(problem)}")
 
@@ -370,9 +404,11 @@ class Bench:
         return results.provenance()
 
 
-def takes_threads_per_block(variant: str) -> bool:
-    """Whether `threads_per_block` is an axis of the variant: ``auto`` chooses it by itself."""
-    return variant not in (COMPILED, AUTO) and ladder.get(variant).takes_threads_per_block
+def takes_threads_per_block(variant: str, *, backward: bool = False) -> bool:
+    """Whether `threads_per_block` is an axis of the variant: the public function chooses it."""
+    if backward or variant in (COMPILED, AUTO):
+        return False
+    return ladder.get(variant).takes_threads_per_block
 
 
 @contextlib.contextmanager
@@ -401,12 +437,13 @@ def check_gpu() -> None:
         raise RuntimeError("timing needs a CUDA GPU and a torch built for it: see numba-fused env")
 
 
-def check_backward(backward: bool) -> None:
-    """Raise `ValueError` where the backward pass is asked for, which nothing here times."""
-    if backward:
+def check_usual_threads(threads_per_block: int) -> None:
+    """Raise `ValueError` for a launch configuration that the public function does not take."""
+    usual = ladder.DEFAULT_THREADS_PER_BLOCK
+    if threads_per_block != usual:
         raise ValueError(
-            "backward=True cannot be timed: bench measures the forward pass alone; use "
-            "backward: [false]"
+            f"threads_per_block={threads_per_block} does not go with backward, which is timed "
+            f"through the public function: it launches blocks of {usual}. Leave one of them out"
         )
 
 
@@ -416,7 +453,7 @@ def check_variant(variant: str) -> None:
         ladder.get(variant)
 
 
-def case_row(name: str, spec: BlockSpec) -> Row:
+def case_row(name: str, spec: BlockSpec, *, backward: bool = False) -> Row:
     """The columns that follow from the case alone."""
     return {
         "case": name,
@@ -429,11 +466,27 @@ def case_row(name: str, spec: BlockSpec) -> Row:
         "num_groups": spec.num_groups,
         **{name: getattr(spec, name) for name in BOUNDS},
         "dropout_p": spec.dropout_p if spec.draws else 0.0,
-        "backward": False,
+        "backward": backward,
         "dtype": spec.dtype,
         "precision": spec.precision,
-        "compulsory_bytes": spec.compulsory_bytes,
+        "compulsory_bytes": compulsory_bytes(spec, backward=backward),
     }
+
+
+def compulsory_bytes(spec: BlockSpec, *, backward: bool) -> int:
+    """Fewest bytes that forward moves; with `backward`, that both passes move.
+
+    The backward pass reads x, the parameters and the output's gradient, and writes a gradient of
+    x and of the parameters.
+    """
+    if not backward:
+        return spec.compulsory_bytes
+    return spec.compulsory_bytes + spec.output_bytes + gradient_bytes(spec) * 2
+
+
+def gradient_bytes(spec: BlockSpec) -> int:
+    """Bytes of the gradients of x, weight, bias, gamma and beta."""
+    return spec.x_bytes + spec.parameter_bytes
 
 
 @dataclass
@@ -472,19 +525,61 @@ class Workload:
             copy_bytes_per_second=copy_bandwidth(),
         )
 
-    def row(self) -> Row:
+    def row(self, *, backward: bool = False) -> Row:
         """The columns that were measured with the case."""
         return {
             "input_sets": len(self.inputs),
             "copy_gb_per_s": self.copy_bytes_per_second / 1e9,
-            "floor_ms": self.floor_ms,
+            "floor_ms": self.floor_ms(backward=backward),
             "torch_error": self.yardsticks[0].torch_error,
         }
 
-    @property
-    def floor_ms(self) -> float:
+    def floor_ms(self, *, backward: bool = False) -> float:
         """Time to copy the compulsory bytes."""
-        return 1e3 * self.spec.compulsory_bytes / self.copy_bytes_per_second
+        moved = compulsory_bytes(self.spec, backward=backward)
+        return 1e3 * moved / self.copy_bytes_per_second
+
+    @functools.cached_property
+    def differentiated(self) -> Differentiated:
+        """What the backward pass takes besides: made for the first row that asks for it."""
+        return Differentiated.build(self.spec, self.inputs, self.keep_mask)
+
+
+@dataclass(frozen=True)
+class Differentiated:
+    """A workload's operands as leaves of autograd, and the right gradients of two input sets.
+
+    Attributes
+    ----------
+    leaves : list of list of Tensor
+        The five operands of each input set, in its memory.
+    grad_outs : list of Tensor
+        The gradient of the output of each set.
+    yardsticks : tuple of list of Yardstick
+        For each of the five gradients, of the first and of the last set.
+    """
+
+    leaves: list[list[Tensor]]
+    grad_outs: list[Tensor]
+    yardsticks: tuple[list[Yardstick], list[Yardstick]]
+
+    @classmethod
+    def build(
+        cls, spec: BlockSpec, inputs: Sequence[Tensors], keep_mask: Tensor | None
+    ) -> Differentiated:
+        """Draw the gradients of the output and differentiate in fp64."""
+        grad_outs = [random_grad_out(spec, tensors, i) for i, tensors in enumerate(inputs)]
+        return cls(
+            leaves=[
+                [t.detach().requires_grad_() for t in tensors if t is not None]
+                for tensors in inputs
+            ],
+            grad_outs=grad_outs,
+            yardsticks=(
+                gradient_yardsticks(spec, inputs[0], grad_outs[0], keep_mask),
+                gradient_yardsticks(spec, inputs[-1], grad_outs[-1], keep_mask),
+            ),
+        )
 
 
 # Drawn on the host, 5 s for the benchmark case; cases of one output shape share it.
@@ -515,6 +610,63 @@ def random_inputs(spec: BlockSpec, index: int) -> Tensors:
     )
 
 
+def random_grad_out(spec: BlockSpec, tensors: Tensors, index: int) -> Tensor:
+    """The gradient of the output for input set `index`, zero where it could not be judged.
+
+    That is close to a bound, and close to zero: there PyTorch's output does not tell whether its
+    own dropout kept the value.
+    """
+    x = tensors.x
+    generator = torch.Generator(x.device).manual_seed(GRADIENT_SEED + index)
+    gradient = torch.randn(spec.output_shape, dtype=x.dtype, device=x.device, generator=generator)
+    unbounded = replace(spec, min_value=-math.inf, max_value=math.inf, cap=math.inf, training=False)
+    with torch.no_grad(), full_precision():
+        h = chain(unbounded, *tensors, None)
+    margin = MARGIN if spec.precision == "ieee" else TF32_MARGIN
+    for bound in (spec.min_value, spec.max_value, spec.cap, 0.0):
+        gradient.masked_fill_((h - bound).abs() < margin, 0.0)
+    return gradient
+
+
+def gradient_yardsticks(
+    spec: BlockSpec, tensors: Tensors, grad_out: Tensor, keep_mask: Tensor | None
+) -> list[Yardstick]:
+    """The fp64 gradients of a call and PyTorch's own errors in the call's dtype and precision.
+
+    For precision "tf32" PyTorch's are also those of operands rounded to TF32. The convolution's
+    own gradient, which tensor cores round as well, is not at hand: that of the output, which it is
+    nearly in proportion to, stands in for it.
+    """
+    rulers = _present(_gradient_yardsticks(spec, tensors, grad_out, keep_mask))
+    if spec.precision == "ieee" or spec.dtype != "float32":
+        return rulers
+    x, weight = rounded_to_tf32(tensors.x), rounded_to_tf32(tensors.weight)
+    rounded = tensors._replace(x=x, weight=weight)
+    with full_precision():
+        found = differentiate(spec, rounded, rounded_to_tf32(grad_out), keep_mask)
+    errors = [relative_error(g, r.reference) for g, r in zip(found, rulers, strict=True)]
+    return [
+        replace(ruler, torch_error=max(ruler.torch_error, error))
+        for ruler, error in zip(rulers, errors, strict=True)
+    ]
+
+
+def differentiate(
+    spec: BlockSpec, tensors: Tensors, grad_out: Tensor, keep_mask: Tensor | None
+) -> list[Tensor]:
+    """Autograd's gradients of the five operands."""
+
+    def evaluate(operands: Tensors) -> Tensor:
+        return chain(spec, *operands, keep_mask)
+
+    return _present(_gradients(evaluate, tensors, grad_out))
+
+
+def _present(values: Sequence[Item | None]) -> list[Item]:
+    """Those that are there: all, because inputs are drawn for every operand."""
+    return [value for value in values if value is not None]
+
+
 # ---- variants ---------------------------------------------------------------------------------
 
 
@@ -522,23 +674,29 @@ def measure(
     workload: Workload,
     variant: str,
     threads_per_block: int = ladder.DEFAULT_THREADS_PER_BLOCK,
+    *,
+    backward: bool = False,
 ) -> Row:
     """The columns that depend on the variant."""
     row: Row = {"status": "ok"}
+    baseline = _measure_baseline_step if backward else _measure_baseline
     try:
         if variant == COMPILED:
-            return row | _measure_baseline(workload, compiled=True)
+            return row | baseline(workload, compiled=True)
         rung = ladder.get(resolve(variant, workload.spec))
         if variant == AUTO:
             row["runs"], threads_per_block = rung.name, ladder.DEFAULT_THREADS_PER_BLOCK
         if reason := rung.obstacle(workload.spec, ladder.capability()):
             return row | {"status": "skipped", "reason": reason}
-        ledger = rung.ledger(workload.spec, threads_per_block)
-        row |= {"launches": ledger.launches, "ledger_bytes": ledger.bytes_moved}
-        if rung.takes_threads_per_block:
-            row["threads_per_block"] = threads_per_block
+        if not backward:  # a rung's ledger and its block size are those of the forward pass
+            ledger = rung.ledger(workload.spec, threads_per_block)
+            row |= {"launches": ledger.launches, "ledger_bytes": ledger.bytes_moved}
+            if rung.takes_threads_per_block:
+                row["threads_per_block"] = threads_per_block
         if variant == EAGER:
-            return row | _measure_baseline(workload, compiled=False)
+            return row | baseline(workload, compiled=False)
+        if backward:
+            return row | _measure_variant_step(workload, variant)
         return row | _measure_rung(workload, variant, rung.name, threads_per_block)
     except Exception as problem:  # a crash is a row with its reason, not a hole
         return row | _failed(one_line(problem))
@@ -591,7 +749,7 @@ def _measure_rung(workload: Workload, variant: str, rung: str, threads_per_block
     row["error"] = max(before.error, after.error)
     if not after.ok:
         return row | _failed(f"after timing: {after.reason}")
-    return row | _plausible(row["p50_ms"], workload.floor_ms)
+    return row | _plausible(row["p50_ms"], workload.floor_ms())
 
 
 def _measure_baseline(workload: Workload, *, compiled: bool) -> Row:
@@ -622,7 +780,136 @@ def _measure_baseline(workload: Workload, *, compiled: bool) -> Row:
     row["error"] = max(error, error_after)
     if reason:
         return row | _failed(f"after timing: {reason}")
-    return row | _plausible(row["p50_ms"], workload.floor_ms)
+    return row | _plausible(row["p50_ms"], workload.floor_ms())
+
+
+@dataclass
+class Step:
+    """A forward and a backward pass on an input set; the last results of every set are kept.
+
+    Attributes
+    ----------
+    forward : callable
+        Called with the five operands, gives the output.
+    work : Differentiated
+    results : list of list of Tensor
+        Of every set: the output and the five gradients; empty before its first call.
+    """
+
+    forward: Callable[..., Tensor]
+    work: Differentiated
+    results: list[list[Tensor]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.results = [[] for _ in self.work.leaves]
+
+    def __call__(self, index: int) -> Tensor:
+        """Both passes on input set `index`; gives the output."""
+        out = self.only_forward(index)
+        found = torch.autograd.grad(out, self.work.leaves[index], self.work.grad_outs[index])
+        # Nothing of autograd's graph is kept: its nodes belong to the stream of this call, and one
+        # that a later call found again would bring that stream into a capture.
+        self.results[index] = [out.detach(), *found]
+        return self.results[index][0]
+
+    def only_forward(self, index: int) -> Tensor:
+        """The output, with all that backward needs."""
+        return self.forward(*self.work.leaves[index])
+
+    def poison(self) -> None:
+        """Fill the results with NaN where they are."""
+        for of_set in self.results:
+            for tensor in of_set:
+                tensor.fill_(math.nan)
+
+
+def _measure_variant_step(workload: Workload, variant: str) -> Row:
+    """Forward by the variant, backward as the public function does it."""
+    keywords = case(workload.name).keywords(workload.spec.precision)
+
+    def forward(*operands: Tensor) -> Tensor:
+        return ops.fused_conv_group_norm_min_clamp_dropout(
+            *operands, seed=workload.seed, variant=variant, **keywords
+        )
+
+    def judge(results: list[Tensor], place: int) -> Row:
+        out, *gradients = results
+        found = workload.yardsticks[place].judge(out, workload.keep_mask)
+        rulers = workload.differentiated.yardsticks[place]
+        return _judged(found, _judge_each(gradients, [*rulers]))
+
+    return _measure_step(workload, Step(forward, workload.differentiated), judge)
+
+
+def _measure_baseline_step(workload: Workload, *, compiled: bool) -> Row:
+    """PyTorch's forward and backward, judged under the mask that its own dropout drew."""
+    spec = workload.spec
+    function = compiled_chain() if compiled else native_chain
+    bound = workload.yardsticks[0].bound if spec.precision == "ieee" else TF32_BASELINE_BOUND
+
+    def judge(results: list[Tensor], place: int) -> Row:
+        out, *gradients = results
+        error, reason = _baseline_error(workload, out, place, bound)
+        found = Result("failed" if reason else "ok", error, bound=bound, reason=reason)
+        return _judged(found, _judge_each(gradients, [*_baseline_rulers(workload, out, place)]))
+
+    with convolution_precision(spec):
+        step = Step(functools.partial(function, spec), workload.differentiated)
+        return _measure_step(workload, step, judge)
+
+
+def _measure_step(workload: Workload, step: Step, judge: Callable[[list[Tensor], int], Row]) -> Row:
+    """Check, time and check a step; `judge` takes results and the place of their input set."""
+    spec, sets = workload.spec, len(workload.inputs)
+    step(0)
+    before = judge(step.results[0], 0)
+    if "reason" in before:
+        return before
+    row = before | {
+        "forward_peak_extra_bytes": peak_extra_bytes(step.only_forward, spec.output_bytes),
+        "peak_extra_bytes": peak_extra_bytes(step, spec.output_bytes + gradient_bytes(spec)),
+        "host_us": host_us(step, sets),
+        **gpu_time(step, sets, step.poison),
+    }
+    after = judge(step.results[-1], -1)
+    row |= _worse(before, after)
+    if "reason" in after:
+        return row | _failed(f"after timing: {after['reason']}")
+    return row | _plausible(row["p50_ms"], workload.floor_ms(backward=True))
+
+
+def _judged(out: Result, gradients: Result) -> Row:
+    """The errors of an output and of its gradients, and what is wrong with them."""
+    row: Row = {
+        "error": out.error,
+        "error_bound": out.bound,
+        "gradient_error": gradients.error,
+        "gradient_error_bound": gradients.bound,
+    }
+    reason = out.reason or gradients.reason
+    return row | (_failed(reason) if reason else {})
+
+
+def _worse(before: Row, after: Row) -> Row:
+    """Of two judgements the larger errors; gradients have bounds of their own."""
+    nearer = max(before, after, key=lambda r: r["gradient_error"] / r["gradient_error_bound"])
+    return {
+        "error": max(before["error"], after["error"]),
+        "gradient_error": nearer["gradient_error"],
+        "gradient_error_bound": nearer["gradient_error_bound"],
+    }
+
+
+def _baseline_rulers(workload: Workload, out: Tensor, place: int) -> list[Yardstick]:
+    """Yardsticks of the gradients under the mask that shows in PyTorch's output."""
+    work, tensors = workload.differentiated, workload.inputs[place]
+    keep_mask = out != 0 if workload.spec.draws else None
+    wide, grad_out = tensors.map(Tensor.double), work.grad_outs[place].double()
+    exact = differentiate(workload.spec, wide, grad_out, keep_mask)
+    return [
+        replace(ruler, reference=reference, torch_error=BASELINE_SLACK * ruler.torch_error)
+        for ruler, reference in zip(work.yardsticks[place], exact, strict=True)
+    ]
 
 
 def native_chain(
@@ -693,7 +980,7 @@ def _gpu_is_lost() -> bool:
 # ---- timing -----------------------------------------------------------------------------------
 
 
-def gpu_time(call: Call, sets: int) -> Row:
+def gpu_time(call: Call, sets: int, poison: Callable[[], None] = lambda: None) -> Row:
     """GPU time of one call, as row columns.
 
     Parameters
@@ -702,6 +989,8 @@ def gpu_time(call: Call, sets: int) -> Row:
         ``call(index)`` queues one call on input set `index`.
     sets : int
         Number of input sets to rotate through.
+    poison : callable
+        Spoils results that calls have left, in the memory that replays will write.
     """
     try:
         replay, method = _captured(call, sets), "graph"
@@ -710,6 +999,7 @@ def gpu_time(call: Call, sets: int) -> Row:
     except RuntimeError:  # something in the call cannot be captured
         torch.cuda.synchronize()
         replay, method = (lambda: [call(index) for index in range(sets)]), "launches"
+    poison()
     _event_ms(replay)  # the first replay uploads the graph
     inner = max(1, math.ceil(SAMPLE_MS / _event_ms(replay)))
 
@@ -765,15 +1055,15 @@ def host_us(call: Call, sets: int) -> float:
     return 1e6 * float(np.median(samples))
 
 
-def peak_extra_bytes(call: Call, output_bytes: int) -> int:
-    """Most device memory that one call holds besides its inputs and its output."""
+def peak_extra_bytes(call: Call, result_bytes: int) -> int:
+    """Most device memory that one call holds besides its inputs and its results."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_stats()
     call(0)
     # What was requested: what was allocated for it includes up to 1 MiB of rounding a tensor.
     held = torch.cuda.memory_stats()["requested_bytes.all.peak"]
-    return held - before["requested_bytes.all.current"] - output_bytes
+    return held - before["requested_bytes.all.current"] - result_bytes
 
 
 def copy_bandwidth(size: int = 2**30) -> float:

@@ -357,6 +357,9 @@ def bench(
         list[str] | None, typer.Option(help="ieee or tf32; may be repeated.  [ieee]")
     ] = None,
     threads_per_block: Annotated[int, typer.Option(help="32 to 1024, a multiple of 32.")] = 256,
+    backward: Annotated[
+        bool, typer.Option("--backward", help="Time forward + backward: all five gradients.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="File the rows are added to: .csv or .parquet.")
     ] = None,
@@ -374,6 +377,10 @@ def bench(
 
     with usage_errors():
         check_threads_per_block(threads_per_block)
+        if backward:
+            bench.check_usual_threads(threads_per_block)
+        if backward and profile is not None:
+            raise ValueError("--profile counts the forward pass alone: leave out --backward")
         runs = list(itertools.product(bench.case_names(case or ["kb83"]), precision or ["ieee"]))
     if profile is not None:
         counted, _, kernel = profile.partition(":")
@@ -390,7 +397,7 @@ def bench(
     with progress(len(runs) * len(chosen), f"timing {len(runs)} x {len(chosen)}") as advance:
         for name, arithmetic in runs:
             rows = []
-            for row in bench.run(name, chosen, threads_per_block, arithmetic):
+            for row in bench.run(name, chosen, threads_per_block, arithmetic, backward=backward):
                 rows.append(row)
                 if out is not None:
                     results.append([row], out)
@@ -407,37 +414,51 @@ def bench(
 
 
 def _print_timed(rows: list[dict[str, Any]]) -> None:
-    from numba_fused.results import COMPILED, EAGER, label, times_faster
+    from numba_fused.results import label
 
     first = rows[0]
     floor, moved = first.get("floor_ms"), first["compulsory_bytes"]
     bound = f": memory floor {floor:.3f} ms for {moved / 1e6:,.0f} MB" if floor else ""
-    console.print(f"{first['case']} {first['precision']} on {first['gpu']}{bound}")
-    columns = ("ms", "GB/s", "% of\nfloor", "x\neager", "x\ncompile", "error", "host\nus")
-    table = numbers_table("variant", columns, "status")
+    both = ", forward + backward" if first["backward"] else ""
+    console.print(f"{first['case']} {first['precision']}{both} on {first['gpu']}{bound}")
+    table = numbers_table("variant", tuple(_timed_cells(first, rows)), "status")
     for row in rows:
-        middle = row.get("p50_ms")
-        table.add_row(
-            label(row),
-            number(middle, ".3f"),
-            number(moved / middle / 1e6 if middle else None, ",.0f"),
-            number(100 * floor / middle if middle and floor else None, ".0f"),
-            number(times_faster(row, rows, EAGER), ".2f"),
-            number(times_faster(row, rows, COMPILED), ".2f"),
-            number(row.get("error"), ".1e"),
-            number(row.get("host_us"), ".0f"),
-            verdict_text(row["status"]),
-        )
+        table.add_row(label(row), *_timed_cells(row, rows).values(), verdict_text(row["status"]))
     console.print(table)
     for row in rows:
         if row.get("reason"):
             console.print(f"{row['variant']} {row['status']}: {row['reason']}", markup=False)
 
 
+def _timed_cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, str]:
+    """A timed variant's cells by their headings; memory and gradients are of both passes."""
+    from numba_fused.results import COMPILED, EAGER, times_faster
+
+    middle, floor, extra = (row.get(name) for name in ("p50_ms", "floor_ms", "peak_extra_bytes"))
+    rate = row["compulsory_bytes"] / middle / 1e6 if middle else None
+    if row["backward"]:
+        memory = {"extra\nMB": number(None if extra is None else extra / 1e6, ",.0f")}
+        gradient = {"gradient\nerror": number(row.get("gradient_error"), ".1e")}
+    else:
+        memory, gradient = {"GB/s": number(rate, ",.0f")}, {}
+    return {
+        "ms": number(middle, ".3f"),
+        **memory,
+        "% of\nfloor": number(100 * floor / middle if middle and floor else None, ".0f"),
+        "x\neager": number(times_faster(row, rows, EAGER), ".2f"),
+        "x\ncompile": number(times_faster(row, rows, COMPILED), ".2f"),
+        "error": number(row.get("error"), ".1e"),
+        **gradient,
+        "host\nus": number(row.get("host_us"), ".0f"),
+    }
+
+
 def _print_compared(timed: list[list[dict[str, Any]]]) -> None:
     from numba_fused.results import compare, verdict
 
     comparisons = [compare(rows) for rows in timed]
+    if timed[0][0]["backward"]:
+        console.print("forward + backward:")
     columns = ("floor\nms", "eager\nms", "compile\nms", "auto\nms", "x\neager", "x faster\nof both")
     table = numbers_table("case", columns, "auto runs")
     for c in comparisons:
@@ -692,7 +713,8 @@ def _measure_rows(rows: Iterator[dict[str, Any]], total: int) -> tuple[Counter[s
 def _row_line(row: dict[str, Any], count: int, total: int) -> str:
     """One measured row: where it stands, what it is, and its time or why it has none."""
     threads = f" @{row['threads_per_block']}" if row.get("threads_per_block") else ""
-    name = f"{count}/{total} {row['case']} {row['precision']} {row['variant']}{threads}"
+    both = " + backward" if row.get("backward") else ""
+    name = f"{count}/{total} {row['case']} {row['precision']} {row['variant']}{threads}{both}"
     if row["status"] == "ok":
         return f"{escape(name)} {row['p50_ms']:.4g} ms"
     return f"{escape(name)} {verdict_text(row['status'])}: {escape(str(row.get('reason')))}"
@@ -727,12 +749,7 @@ def _list_sweeps(as_json: bool) -> None:
     table = numbers_table("sweep", ("cases", "rows", "GB", "minutes"), "what")
     found = []
     for name in sweep.shipped():
-        try:
-            read = sweep.Sweep.read(name)
-        except ValueError as problem:
-            found.append({"name": name, "about": str(problem)})
-            table.add_row(name, "", "", "", "", f"[yellow]{escape(str(problem))}[/]")
-            continue
+        read = sweep.Sweep.read(name)
         units = sweep.preview(sweep.plan([read]))
         rows, seconds, gigabytes = _needs(units)
         found.append({"name": name, "about": read.about, "rows": rows, "seconds": seconds})
@@ -820,7 +837,7 @@ def _print_pairs(pairs: Sequence[Pair]) -> None:
             times = (number(ms, ".4g") for ms in (pair.a_ms, pair.b_ms))
             ratios = (number(ratio, ".3f") for ratio in (pair.ratio, pair.low, pair.high))
             said = "[green]faster[/]" if (pair.ratio or 0) > 1 else "[red]slower[/]"
-            name = f"{pair.key.variant} @{threads}" if threads else pair.key.variant
+            name = f"{pair.name} @{threads}" if threads else pair.name
             table.add_row(name, *times, *ratios, said if pair.differs else escape(pair.note))
         console.print(table)
 
@@ -838,12 +855,20 @@ def train(
     precision: Annotated[str, typer.Option(help="ieee or tf32, of the whole model.")] = "ieee",
     variant: Annotated[str, typer.Option(help="auto, or a rung for the stem.")] = "auto",
     compiled: Annotated[bool, typer.Option("--compile", help="Time torch.compile, too.")] = False,
-    out: Annotated[Path, typer.Option(help="File for the rows, .csv or .parquet.")] = Path(
-        "plots/data/training.csv"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="File for the rows, .csv or .parquet.  "
+            "[plots/data/training.csv on a GPU, none on a CPU]"
+        ),
+    ] = None,
     figure: Annotated[
-        Path, typer.Option(help="Where the figure goes, as .png and as .svg.")
-    ] = Path("plots/training.png"),
+        Path | None,
+        typer.Option(
+            help="Where the figure goes, as .png and as .svg.  "
+            "[plots/training.png on a GPU, nowhere on a CPU]"
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a video classifier with the block as its stem, beside PyTorch: loss, time, memory.
@@ -855,24 +880,32 @@ def train(
     from numba_fused.plot import check_suffix, save
 
     with usage_errors():
-        training.check_out(out)
-        check_suffix(figure)
         options = {"seed": seed, "precision": precision, "variant": variant}
         problem = training.problem_for(device, steps, batch, **options)
+        if problem.device == "cuda":  # a CPU's rows do not take the place of a GPU's
+            out, figure = out or training.DATA, figure or training.FIGURE
+        if out:
+            training.check_out(out)
+        if figure:
+            check_suffix(figure)
         names = training.implementations(compiled)
         with progress(len(names) * problem.steps, "training") as advance:
             runs = [training.train(problem, name, advance) for name in names]
         rows = training.rows(problem, runs)
-        training.write(rows, out)
-        drawn = training.figure(rows)
-        for suffix in (".png", ".svg"):
-            save(drawn, figure.with_suffix(suffix))
+        if out:
+            training.write(rows, out)
+        if figure:
+            drawn = training.figure(rows)
+            for suffix in (".png", ".svg"):
+                save(drawn, figure.with_suffix(suffix))
     agreement = training.agreement(rows)
     if as_json:
         print_json({**vars(agreement), "ok": agreement.ok, "rows": rows.to_dict("records")})
     else:
         _print_trained(problem, runs, agreement)
-        console.print(f"rows in {out}, figure in {figure}", markup=False, soft_wrap=True)
+        for option, what, place in (("out", "rows", out), ("figure", "figure", figure)):
+            told = f"{what} in {place}" if place else f"no {what} kept: --{option} names a file"
+            console.print(told, markup=False, soft_wrap=True)
     leave(agreement.ok)
 
 

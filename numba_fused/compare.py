@@ -45,6 +45,11 @@ class Pair:
     only_in: str = ""
 
     @property
+    def name(self) -> str:
+        """The variant, and whether its backward pass is in the time."""
+        return f"{self.key.variant}{' + backward' * self.key.backward}"
+
+    @property
     def differs(self) -> bool:
         """Whether the difference is larger than both spreads together."""
         return self.low is not None and self.high is not None and not self.low <= 1 <= self.high
@@ -71,8 +76,8 @@ def compare(a: pd.DataFrame, b: pd.DataFrame) -> list[Pair]:
     ours, theirs = _by_key(a, "A"), _by_key(b, "B")
     if not ours.keys() & theirs.keys():
         raise ValueError(
-            "the files have no measurement in common: the same case, variant, precision and "
-            "threads_per_block"
+            "the files have no measurement in common: the same case, variant, precision, "
+            "threads_per_block and backward"
         )
     return [_pair(key, ours.get(key), theirs.get(key)) for key in {**ours, **theirs}]
 
@@ -86,11 +91,14 @@ def circumstances(frame: pd.DataFrame) -> dict[str, str]:
 
 
 def by_variant(pairs: Sequence[Pair]) -> dict[str, tuple[int, float, float, float]]:
-    """Of each variant: how many ratios, their geometric mean, the least and the greatest."""
+    """Of each variant: how many ratios, their geometric mean, the least and the greatest.
+
+    A variant with its backward pass is another one.
+    """
     found: dict[str, list[float]] = {}
     for pair in pairs:
         if pair.ratio is not None:
-            found.setdefault(pair.key.variant, []).append(pair.ratio)
+            found.setdefault(pair.name, []).append(pair.ratio)
     return {
         variant: (len(ratios), statistics.geometric_mean(ratios), min(ratios), max(ratios))
         for variant, ratios in found.items()

@@ -50,22 +50,27 @@ COLUMNS = {
     "dtype": "float32 or float64",
     "precision": "ieee (no TF32, in PyTorch neither) or tf32 (PyTorch's default for convolutions)",
     "threads_per_block": "launch configuration; empty where the variant has its own",
-    "p20_ms": "GPU time of one call, 20th percentile, milliseconds",
+    "p20_ms": "GPU time of one call, with backward of both passes, 20th percentile, milliseconds",
     "p50_ms": "the same, median",
     "p80_ms": "the same, 80th percentile",
     "host_us": "time a call of the public function keeps the host busy, microseconds, median",
-    "peak_extra_bytes": "most device memory one call holds besides its inputs and its output",
+    "peak_extra_bytes": "most device memory one call holds besides its inputs and its results: "
+    "the output and, with backward, the gradients",
+    "forward_peak_extra_bytes": "with backward: the same of its forward pass, which keeps what the "
+    "other needs",
     "method": "graph (CUDA-graph replays) or launches (batches of calls)",
     "samples": "timed replays behind the percentiles",
     "input_sets": "sets of inputs rotated through, so that L2 is cold",
-    "launches": "kernel launches by the rung's ledger",
-    "ledger_bytes": "bytes the rung should move by its ledger",
-    "compulsory_bytes": "bytes no implementation can avoid",
+    "launches": "kernel launches by the rung's ledger; empty with backward",
+    "ledger_bytes": "bytes the rung should move by its ledger; empty with backward",
+    "compulsory_bytes": "bytes no implementation can avoid; with backward, of both passes",
     "copy_gb_per_s": "read plus written by a large copy on this GPU, same run, 1e9 bytes/s",
     "floor_ms": "compulsory_bytes at that rate, milliseconds",
     "error": "relative L2 error against fp64, worst of before and after timing",
     "torch_error": "PyTorch's own error in the same dtype and precision, on the same inputs",
     "error_bound": "largest error that passes",
+    "gradient_error": "with backward: the same of the gradient that came closest to its bound",
+    "gradient_error_bound": "largest error of that gradient that passes",
     "seconds": "wall time of measuring this row: compiling, checks and its case's set-up included",
     "gpu": "name of the GPU",
     "driver": "NVIDIA driver",
@@ -82,6 +87,7 @@ COLUMNS = {
 ADDED = {
     *("stride", "padding", "dilation", "groups", "min_value", "max_value", "cap"),
     *("backward", "seconds"),
+    *("forward_peak_extra_bytes", "gradient_error", "gradient_error_bound"),
 }
 # What pandas must not take for numbers, even where all of a file's values look like them.
 TEXT = ("reason", "runs", "x_shape", "weight_shape", "stride", "padding", "dilation", "cuda")
@@ -315,15 +321,20 @@ def _need_pyarrow() -> None:
 # ---- choosing and comparing rows --------------------------------------------------------------
 
 
-def newest(frame: pd.DataFrame, precision: str = "ieee") -> dict[str, list[Row]]:
+def newest(
+    frame: pd.DataFrame, precision: str = "ieee", *, backward: bool = False
+) -> dict[str, list[Row]]:
     """The newest row of each case and variant, by case, variants in ladder order.
 
-    Cases come in the order they were measured in; empty cells are None.
+    Rows of the forward pass and rows of both passes are never together, and only those of the
+    usual block size count, or that have none. Cases come in the order they were measured in;
+    empty cells are None.
     """
     found: dict[str, dict[str, Row]] = {}
     for record in frame.to_dict("records"):
-        row: Row = {str(key): None if pd.isna(value) else value for key, value in record.items()}
-        if row["precision"] != precision:
+        row: Row = {str(name): None if pd.isna(value) else value for name, value in record.items()}
+        what = key(row)
+        if (what.precision, what.backward) != (precision, backward) or not has_usual_size(what):
             continue
         of_case, variant = found.setdefault(row["case"], {}), row["variant"]
         if variant not in of_case or row["utc"] >= of_case[variant]["utc"]:
@@ -331,25 +342,33 @@ def newest(frame: pd.DataFrame, precision: str = "ieee") -> dict[str, list[Row]]
     return {case: [rows[name] for name in _in_order(rows)] for case, rows in found.items()}
 
 
+def has_usual_size(what: Key) -> bool:
+    """Whether a measurement is of the usual block size, or of a variant that has its own."""
+    from numba_fused import ladder
+
+    return what.threads_per_block in (None, ladder.DEFAULT_THREADS_PER_BLOCK)
+
+
 def _in_order(names: Iterable[str]) -> list[str]:
     known = variants()
     return sorted(names, key=lambda n: (known.index(n) if n in known else len(known), n))
 
 
-def latest(frame: pd.DataFrame, case: str, precision: str = "ieee") -> list[Row]:
-    """The newest row of each variant of a case, in ladder order, torch.compile after torch.
-
-    Empty cells are None.
+def latest(
+    frame: pd.DataFrame, case: str, precision: str = "ieee", *, backward: bool = False
+) -> list[Row]:
+    """The newest row of each variant of a case, as `newest` has them.
 
     Raises
     ------
     ValueError
-        There is no row of that case in that precision.
+        There is no such row of that case in that precision.
     """
-    found = newest(frame, precision)
+    found = newest(frame, precision, backward=backward)
     if case not in found:
         known = ", ".join(sorted(found)) or "none"
-        raise ValueError(f"no {precision} rows of case {case!r}; there are rows of: {known}")
+        what = f"{precision} rows{' with backward' * backward}"
+        raise ValueError(f"no {what} of case {case!r}; there are rows of: {known}")
     return found[case]
 
 

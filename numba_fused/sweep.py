@@ -11,7 +11,7 @@ A sweep is declared as a `Sweep`, in Python or as YAML::
     where: [batch * out_channels <= 4096]       # pandas' query language, on all parameters
     variants: [torch, torch.compile, auto]      # all by default
     precisions: [ieee, tf32]
-    backward: [false]
+    backward: [false, true]                     # the forward pass alone, and with the backward pass
 
 Axes and fixed values are the parameters of `bench.Case`, ``plane``, ``threads_per_block``, or
 ``case``: whole cases by name. Everything is checked before anything is measured.
@@ -80,6 +80,7 @@ class Sweep:
         Of `results.variants`; empty for all.
     precisions : sequence of str
     backward : sequence of bool
+        With the backward pass, `threads_per_block` changes nothing: see `bench.run`.
 
     Raises
     ------
@@ -103,8 +104,7 @@ class Sweep:
                 bench.check_variant(variant)
             for precision in self.precisions:
                 check_precision(precision)
-            for backward in self.backward:
-                bench.check_backward(backward)
+            _check_backward(self.backward)
             for threads in self._values.get("threads_per_block", ()):
                 check_threads_per_block(threads)
             if not self.levels:
@@ -149,7 +149,7 @@ class Sweep:
                 raise ValueError(f"condition {condition!r} under where: {problem}") from None
         found: dict[Key, int] = {}
         for line in frame.to_dict("records"):
-            takes = bench.takes_threads_per_block(line["variant"])
+            takes = bench.takes_threads_per_block(line["variant"], backward=line["backward"])
             key = Key(
                 case=line["case"],
                 variant=line["variant"],
@@ -266,6 +266,12 @@ def _log_range(name: str, declared: Mapping[str, Any]) -> list[int | float]:
     return list(dict.fromkeys(map(round, values) if isinstance(first, int) else values))
 
 
+def _check_backward(values: Any) -> None:
+    """Raise `ValueError` unless it is a list of truth values."""
+    if not isinstance(values, Sequence) or not all(isinstance(value, bool) for value in values):
+        raise ValueError(f"backward takes a list of true and false, but got {values!r}")
+
+
 def _check_case(name: str, precision: str) -> None:
     """Raise `ValueError` unless the case can be computed and its output depends on its input."""
     try:
@@ -351,6 +357,10 @@ SETUP_SECONDS, MASK_SECONDS = 2.0, 6e-8  # a case; an element of its dropout mas
 FLOPS_PER_SECOND, SLOW_FLOPS_PER_SECOND = 6e12, 1.2e12  # the latter of the rungs 1 to 4
 L2_BYTES = 60e6
 WIDE_TENSORS = 7  # of the output's size, in fp64: two answers, and what making one takes
+# With the backward pass: twice as many, for what autograd keeps and makes. The pass itself takes
+# 3.4 times as long as the forward pass, in eager PyTorch on kb83.
+BACKWARD_WIDE_TENSORS, BACKWARD_FORWARD = 14, 3.4
+GRADIENT_EVALUATIONS = 22  # of both passes in PyTorch: two answers, and PyTorch's own errors
 
 
 def preview(keys: Sequence[Key]) -> list[Unit]:
@@ -358,27 +368,43 @@ def preview(keys: Sequence[Key]) -> list[Unit]:
     found = []
     for unit in units(keys):
         spec = bench.case_spec(unit[0].case, unit[0].precision)
-        elements = math.prod(spec.output_shape)
         sets = bench.input_sets(spec, int(L2_BYTES))
-        setup = SETUP_SECONDS + MASK_SECONDS * elements
+        backward = any(key.backward for key in unit)
         found.append(
             Unit(
                 case=unit[0].case,
                 precision=unit[0].precision,
                 rows=len(unit),
-                gigabytes=(sets * spec.compulsory_bytes + 8 * WIDE_TENSORS * elements) / 1e9,
-                seconds=setup + sum(_row_seconds(spec, key.variant, sets) for key in unit),
+                gigabytes=_gigabytes(spec, sets, backward),
+                seconds=_setup_seconds(spec, backward)
+                + sum(_row_seconds(spec, key, sets) for key in unit),
             )
         )
     return found
 
 
-def _row_seconds(spec: BlockSpec, variant: str, sets: int) -> float:
-    slow = variant in ladder.names()[1:5]
+def _gigabytes(spec: BlockSpec, sets: int, backward: bool) -> float:
+    of_set, wide = spec.compulsory_bytes, WIDE_TENSORS
+    if backward:  # the gradient of the output, and another output with the gradients it led to
+        of_set += 2 * spec.output_bytes + bench.gradient_bytes(spec)
+        wide = BACKWARD_WIDE_TENSORS
+    return (sets * of_set + 8 * wide * math.prod(spec.output_shape)) / 1e9
+
+
+def _setup_seconds(spec: BlockSpec, backward: bool) -> float:
+    setup = SETUP_SECONDS + MASK_SECONDS * math.prod(spec.output_shape)
+    evaluations = GRADIENT_EVALUATIONS if backward else 0
+    return setup + evaluations * (1 + BACKWARD_FORWARD) * spec.flops / FLOPS_PER_SECOND
+
+
+def _row_seconds(spec: BlockSpec, key: Key, sets: int) -> float:
+    slow = key.variant in ladder.names()[1:5]
     call = spec.flops / (SLOW_FLOPS_PER_SECOND if slow else FLOPS_PER_SECOND)
+    if key.backward:
+        call += BACKWARD_FORWARD * spec.flops / FLOPS_PER_SECOND
     # The checks and the host's time, then samples of whole rounds through the sets.
     calls = 64 + (bench.SAMPLES + 2) * max(sets, 1e-3 * bench.SAMPLE_MS / max(call, 1e-6))
-    return (COMPILE_SECONDS if variant == COMPILED else ROW_SECONDS) + calls * call
+    return (COMPILE_SECONDS if key.variant == COMPILED else ROW_SECONDS) + calls * call
 
 
 # ---- measuring --------------------------------------------------------------------------------
@@ -401,7 +427,6 @@ def measure(
     GpuLostError
         An earlier row lost it.
     """
-    bench.check_backward(backward)
     stand = _bench()
     if stand.lost_to:
         raise GpuLostError(
@@ -409,7 +434,7 @@ def measure(
             f"run the same command again"
         )
     threads = threads_per_block or ladder.DEFAULT_THREADS_PER_BLOCK
-    return stand.row(case, variant, threads, precision)
+    return stand.row(case, variant, threads, precision, backward=backward)
 
 
 def run(
@@ -483,7 +508,7 @@ def _failed(key: Key, problem: Exception, gpus: Iterable[str]) -> Row:
     """The row of what could not even be measured."""
     spec = bench.case_spec(key.case, key.precision)
     return {
-        **bench.case_row(key.case, spec),
+        **bench.case_row(key.case, spec, backward=key.backward),
         **key._asdict(),
         **results.provenance(),
         "gpu": next(iter(gpus), ""),

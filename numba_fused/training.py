@@ -44,7 +44,9 @@ from numba_fused.spec import check_precision
 Value = TypeVar("Value")
 
 REFERENCE, FUSED = "reference", "numba_fused"
+# Where a GPU's rows and their figure go by default.
 DATA = results.DATA / "training.csv"
+FIGURE = results.DATA.parent / "training.png"
 
 CHANNELS, STEM_CHANNELS, CLASSES = 3, 16, 10
 # The benchmark's block, with bounds that leave something to learn from.

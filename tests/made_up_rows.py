@@ -12,10 +12,10 @@ COMPARED = (EAGER, COMPILED, AUTO)
 
 def made_up(case: str, variant: str, precision: str = "ieee", **rest: Any) -> Row:
     """A row whose time is in proportion to the bytes: eager 8 floors, compile 4, all others 2."""
-    spec = bench.case_spec(case, precision)
-    floor = spec.compulsory_bytes / 4e9
+    spec, backward = bench.case_spec(case, precision), rest.get("backward", False)
+    floor = bench.compulsory_bytes(spec, backward=backward) / 4e9
     milliseconds = rest.get("p50_ms", {EAGER: 8, COMPILED: 4}.get(variant, 2) * floor)
-    made = bench.case_row(case, spec) | {
+    made = bench.case_row(case, spec, backward=backward) | {
         "variant": variant,
         "status": "ok",
         "p20_ms": 0.9 * milliseconds,
@@ -35,7 +35,7 @@ def made_up(case: str, variant: str, precision: str = "ieee", **rest: Any) -> Ro
     }
     if variant == AUTO:
         made["runs"] = "pipelined"
-    elif variant != COMPILED:
+    elif variant != COMPILED and not backward:
         ledger = ladder.get(variant).ledger(spec)
         made |= {"ledger_bytes": ledger.bytes_moved, "launches": ledger.launches}
     return made | rest

@@ -4,7 +4,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from numba_fused.results import Row
 from numba_fused.verify import Tensors, cases, mask_of, poisoned, yardstick
 
 ROOT = Path(__file__).parents[1]
+GPU_TIME = bench.gpu_time
 
 
 def row(
@@ -90,6 +91,28 @@ def test_precisions_do_not_mix(tmp_path: Path) -> None:
     frame = results.read(path)
     assert [r["p50_ms"] for r in results.latest(frame, "kb83", "tf32")] == [1.7]
     assert results.latest(frame, "kb83")[0]["p50_ms"] == 3.4
+
+
+def test_passes_and_block_sizes_do_not_mix(tmp_path: Path) -> None:
+    path, late = tmp_path / "rows.csv", "2026-03-01T00:00:00"
+    alone = [
+        row("torch", 3.0),
+        row("unfused", 2.0, threads_per_block=256),
+        row("one_kernel", 4.0, threads_per_block=128, utc=late),
+    ]
+    both = [row("torch", 15.0, backward=True, utc=late), row("unfused", 14.0, backward=True)]
+    larger = row("unfused", 1.0, threads_per_block=1024, utc=late)
+    results.append([*alone, *both, larger], path)
+    frame = results.read(path)
+
+    def times(rows: list[Row]) -> dict[str, float]:
+        return {r["variant"]: r["p50_ms"] for r in rows}
+
+    assert times(results.latest(frame, "kb83")) == {"torch": 3.0, "unfused": 2.0}
+    assert times(results.latest(frame, "kb83", backward=True)) == {"torch": 15.0, "unfused": 14.0}
+    assert times(results.newest(frame)["kb83"]) == {"torch": 3.0, "unfused": 2.0}
+    with pytest.raises(ValueError, match="no tf32 rows with backward of case 'kb83'"):
+        results.latest(frame, "kb83", "tf32", backward=True)
 
 
 def test_newest_row_wins_and_rungs_come_in_order(tmp_path: Path) -> None:
@@ -364,6 +387,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> bench.Workload:
     monkeypatch.setitem(bench.CASES, "tiny", tiny)
     spec = bench.case_spec("tiny")
     generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)  # of the baselines' own dropout
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
@@ -376,7 +400,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> bench.Workload:
     first, last = (yardstick(spec, tensors, keep_mask) for tensors in inputs)
     monkeypatch.setattr(bench, "gpu_time", fill_and_time)
     monkeypatch.setattr(bench, "host_us", lambda call, sets: 50.0)
-    monkeypatch.setattr(bench, "peak_extra_bytes", lambda call, output_bytes: 0)
+    monkeypatch.setattr(bench, "peak_extra_bytes", lambda call, result_bytes: 0)
     return bench.Workload(
         name="tiny",
         spec=spec,
@@ -389,7 +413,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> bench.Workload:
     )
 
 
-def fill_and_time(call: bench.Call, sets: int) -> Row:
+def fill_and_time(call: bench.Call, sets: int, poison: Callable[[], None] = lambda: None) -> Row:
+    poison()
     for index in range(sets):
         call(index)
     return {"p20_ms": 0.9, "p50_ms": 1.0, "p80_ms": 1.1, "method": "graph", "samples": 1}
@@ -542,7 +567,7 @@ def test_after_a_lost_gpu_the_rest_fail_with_the_reason(
 ) -> None:
     measured = []
 
-    def measure(workload: bench.Workload, variant: str, threads_per_block: int) -> Row:
+    def measure(workload: bench.Workload, variant: str, *_: object, **__: object) -> Row:
         measured.append(variant)
         return {"status": "ok"} if variant == "torch" else {"status": "failed", "reason": "crash"}
 
@@ -571,7 +596,7 @@ def test_cases_of_one_workload_set_it_up_once(
         return tiny
 
     monkeypatch.setattr(bench.Workload, "build", build)
-    monkeypatch.setattr(bench, "measure", lambda *_: {"status": "ok"})
+    monkeypatch.setattr(bench, "measure", lambda *_, **__: {"status": "ok"})
     stand = bench.Bench()
     asked = [("tiny", "ieee"), ("tiny", "ieee"), ("tiny", "tf32"), ("kb83-b1", "tf32")]
     rows = [stand.row(name, "one_kernel", 64, precision) for name, precision in asked]
@@ -579,7 +604,202 @@ def test_cases_of_one_workload_set_it_up_once(
     assert [(row["case"], row["precision"]) for row in rows] == asked
     assert {row["threads_per_block"] for row in rows} == {64}
     assert "threads_per_block" not in stand.row("tiny", "auto")
+    both = stand.row("tiny", "one_kernel", precision="ieee", backward=True)
+    alone = stand.row("tiny", "one_kernel", precision="ieee")
+    assert len(built) == 4
+    assert (both["backward"], alone["backward"]) == (True, False)
+    assert "threads_per_block" not in both
+    assert both["floor_ms"] > alone["floor_ms"]
     assert all(row["seconds"] >= 0 for row in rows)
+
+
+# ---- forward and backward -----------------------------------------------------------------------
+
+BLOCK = ops.fused_conv_group_norm_min_clamp_dropout
+OPERANDS = ("x", "weight", "bias", "gamma", "beta")
+
+
+@pytest.mark.parametrize("variant", ["epilogue", "auto", "torch", "torch.compile"])
+def test_both_passes_are_timed_and_all_gradients_judged(
+    tiny: bench.Workload, monkeypatch: pytest.MonkeyPatch, variant: str
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(plan, "choose", lambda spec: "epilogue")
+    measured = bench.measure(tiny, variant, 64, backward=True)
+    assert measured["status"] == "ok", measured
+    assert measured["p50_ms"] == 1.0
+    assert 0 < measured["error"] <= measured["error_bound"]
+    assert 0 < measured["gradient_error"] <= measured["gradient_error_bound"] < 1e-4
+    assert {"peak_extra_bytes", "forward_peak_extra_bytes", "host_us"} < measured.keys()
+    # They are the forward pass's, and of a launch that the public function does not make.
+    assert not {"launches", "ledger_bytes", "threads_per_block"} & measured.keys()
+    assert measured.get("runs") == ("epilogue" if variant == "auto" else None)
+    assert measured.keys() < results.COLUMNS.keys()
+
+
+@pytest.mark.parametrize("place", range(5), ids=OPERANDS)
+@pytest.mark.parametrize("variant", ["auto", "torch"])
+def test_each_wrong_gradient_is_a_failure_that_names_it(
+    tiny: bench.Workload, monkeypatch: pytest.MonkeyPatch, variant: str, place: int
+) -> None:
+    def spoilt(honest: Callable[..., torch.Tensor], first: int) -> Callable[..., torch.Tensor]:
+        def function(*arguments: Any, **keywords: Any) -> torch.Tensor:
+            operands = list(arguments)
+            right = operands[first + place]
+            operands[first + place] = right.detach() + 0.99 * (right - right.detach())
+            return honest(*operands, **keywords)
+
+        return function
+
+    monkeypatch.setattr(plan, "choose", lambda spec: "epilogue")
+    monkeypatch.setattr(ops, BLOCK.__name__, spoilt(BLOCK, 0))
+    monkeypatch.setattr(bench, "native_chain", spoilt(bench.native_chain, 1))
+    measured = bench.measure(tiny, variant, backward=True)
+    assert measured["status"] == "failed"
+    assert measured["reason"].startswith(f"gradient of {OPERANDS[place]}: error")
+    assert measured["gradient_error"] > measured["gradient_error_bound"]
+    assert "p50_ms" not in measured
+
+
+def test_wrong_output_is_a_failure_however_right_its_gradients(
+    tiny: bench.Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, BLOCK.__name__, lambda *a, **k: BLOCK(*a, **k) + 0.01)
+    measured = bench.measure(tiny, "epilogue", backward=True)
+    assert measured["status"] == "failed"
+    assert not measured["reason"].startswith("gradient")
+
+
+@pytest.mark.parametrize("variant", ["epilogue", "torch"])
+def test_results_that_replays_do_not_write_are_a_failure(
+    tiny: bench.Workload, monkeypatch: pytest.MonkeyPatch, variant: str
+) -> None:
+    def captured(call: bench.Call, sets: int) -> Callable[[], None]:
+        for index in range(sets):
+            call(index)
+        return lambda: None
+
+    def event_ms(work: Callable[[], object]) -> float:
+        work()
+        return 5.0
+
+    monkeypatch.setattr(bench, "gpu_time", GPU_TIME)
+    monkeypatch.setattr(bench, "_captured", captured)
+    monkeypatch.setattr(bench, "_event_ms", event_ms)
+    measured = bench.measure(tiny, variant, backward=True)
+    assert measured["status"] == "failed"
+    assert measured["reason"].startswith("after timing: ")
+    assert (measured["method"], measured["p50_ms"]) == ("graph", 5.0 / 2)
+
+
+def test_step_accumulates_nothing_and_keeps_no_graph(tiny: bench.Workload) -> None:
+    def forward(*operands: torch.Tensor) -> torch.Tensor:
+        return chain(tiny.spec, *operands, tiny.keep_mask)  # pyright: ignore[reportCallIssue]
+
+    step = bench.Step(forward, tiny.differentiated)
+    assert step.results == [[], []]
+    step(1)
+    before = [tensor.clone() for tensor in step.results[1]]
+    step(1)
+    assert all(map(torch.equal, before, step.results[1]))
+    assert step.results[0] == []
+    assert not any(tensor.requires_grad for tensor in step.results[1])
+    leaves = [leaf for of_set in tiny.differentiated.leaves for leaf in of_set]
+    assert all(leaf.grad is None for leaf in leaves)
+    assert leaves[0].data_ptr() == tiny.inputs[0].x.data_ptr()
+    step.poison()
+    assert all(bool(tensor.isnan().all()) for tensor in step.results[1])
+
+
+@pytest.mark.parametrize(("precision", "margin"), [("ieee", 1e-3), ("tf32", 1e-2)])
+def test_gradient_of_the_output_avoids_the_bounds_and_zero(precision: str, margin: float) -> None:
+    spec = bench.BlockSpec.from_arguments(
+        (4, 2, 30, 40), (4, 2, 3, 3), num_groups=2, precision=precision, **bench.CHAIN
+    )
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(spec.x_shape, generator=generator)
+    weight = torch.randn(spec.weight_shape, generator=generator)
+    tensors = Tensors(x, weight, None, None, None)
+    gradient = bench.random_grad_out(spec, tensors, 0)
+    free = replace(spec, min_value=-9.0, max_value=9.0, cap=9.0)
+    h = chain(free, x.double(), weight.double(), None, None, None, None)
+    distance = torch.stack([(h - bound).abs() for bound in (-1.0, 0.5, 1.0, 0.0)]).amin(dim=0)
+    assert bool((gradient[distance < 0.99 * margin] == 0).all())
+    assert bool((gradient[distance > 1.01 * margin] != 0).all())
+    assert 0 < int((gradient == 0).sum()) < 0.05 * gradient.numel()
+    assert not torch.equal(gradient, bench.random_grad_out(spec, tensors, 1))
+    assert torch.equal(gradient, bench.random_grad_out(spec, tensors, 0))
+
+
+def test_gradients_may_be_off_by_what_tf32_makes_of_the_operands(tiny: bench.Workload) -> None:
+    spec, tensors = replace(tiny.spec, precision="tf32"), tiny.inputs[0]
+    grad_out = bench.random_grad_out(spec, tensors, 0)
+    exact, loose = (
+        bench.gradient_yardsticks(s, tensors, grad_out, tiny.keep_mask) for s in (tiny.spec, spec)
+    )
+    assert len(loose) == 5
+    for narrow, wide in zip(exact, loose, strict=True):
+        assert torch.equal(narrow.reference, wide.reference)
+        assert narrow.bound < 1e-5 < 1e-4 < wide.bound < 0.05
+
+
+def test_right_gradients_are_computed_once_for_all_variants(
+    tiny: bench.Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    honest = bench.gradient_yardsticks
+    monkeypatch.setattr(
+        bench, "gradient_yardsticks", lambda *rest: made.append(rest) or honest(*rest)
+    )
+    for variant in ("torch", "epilogue", "pointwise"):
+        assert bench.measure(tiny, variant, backward=True)["status"] == "ok"
+    assert len(made) == 2  # of the first and the last input set
+
+
+def test_compulsory_bytes_of_both_passes() -> None:
+    spec = bench.case_spec("kb83")
+    x, out = 128 * 3 * 16 * 64 * 64 * 4, 128 * 16 * 14 * 62 * 62 * 4
+    parameters = (16 * 81 + 3 * 16) * 4
+    both = bench.case_row("kb83", spec, backward=True)
+    assert both["compulsory_bytes"] == 3 * (x + parameters) + 2 * out
+    assert bench.case_row("kb83", spec)["compulsory_bytes"] == x + parameters + out
+    assert both["backward"] is True
+
+
+def test_both_passes_are_held_against_their_own_floor(tiny: bench.Workload) -> None:
+    # A copy so slow that 1 ms is possible for the forward pass, and not for both.
+    tiny.copy_bytes_per_second = 1e3 * tiny.spec.compulsory_bytes
+    assert bench.measure(tiny, "epilogue")["status"] == "ok"
+    measured = bench.measure(tiny, "epilogue", backward=True)
+    assert "below the memory floor" in measured["reason"]
+
+
+@pytest.mark.parametrize("fails", ["forward", "backward", "answers"])
+def test_out_of_memory_in_either_pass_is_a_row_with_its_reason(
+    tiny: bench.Workload, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    def full(*_: object, **__: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 is full")
+
+    if fails == "answers":
+        monkeypatch.setattr(bench.Differentiated, "build", full)
+    else:
+        assert tiny.differentiated
+        place = {"forward": (ops, BLOCK.__name__), "backward": (torch.autograd, "grad")}[fails]
+        monkeypatch.setattr(*place, full)
+    measured = bench.measure(tiny, "epilogue", backward=True)
+    assert measured == {
+        "status": "failed",
+        "reason": "out of memory: CUDA out of memory Tried to allocate 9 GiB",
+    }
+
+
+def test_block_size_goes_with_the_forward_pass_alone() -> None:
+    assert bench.takes_threads_per_block("one_kernel")
+    assert not bench.takes_threads_per_block("one_kernel", backward=True)
+    bench.check_usual_threads(ladder.DEFAULT_THREADS_PER_BLOCK)
+    with pytest.raises(ValueError, match="threads_per_block=64 does not go with backward"):
+        bench.check_usual_threads(64)
 
 
 # ---- timing -----------------------------------------------------------------------------------
@@ -684,6 +904,26 @@ def test_rows_of_a_small_case(monkeypatch: pytest.MonkeyPatch) -> None:
             assert measured["p50_ms"] >= 0.97 * measured["floor_ms"]
             assert measured["method"] == "graph"
             assert 0 <= measured["peak_extra_bytes"] < 20 * measured["compulsory_bytes"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_rows_of_both_passes_of_a_small_case(precision: str) -> None:
+    alone = next(bench.run("kb83-b1", ["torch"], precision=precision))
+    chosen = ["torch", "torch.compile", "library_conv", "auto"]
+    rows = list(bench.run("kb83-b1", chosen, precision=precision, backward=True))
+    assert [row["variant"] for row in rows] == chosen
+    for measured in rows:
+        assert measured["status"] == "ok", measured["reason"]
+        assert measured["backward"] is True
+        assert measured["method"] == "graph"
+        assert measured["gradient_error"] <= measured["gradient_error_bound"]
+        assert measured["p50_ms"] >= 0.97 * measured["floor_ms"]
+        # The forward pass is a part of the step, which holds the gradients besides.
+        forward, step = measured["forward_peak_extra_bytes"], measured["peak_extra_bytes"]
+        assert 0 <= forward <= step + bench.gradient_bytes(bench.case_spec("kb83-b1"))
+        assert step >= 0
+    assert rows[0]["p50_ms"] > alone["p50_ms"]
 
 
 @pytest.mark.gpu

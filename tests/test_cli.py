@@ -264,10 +264,11 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows as a GPU would give them, and one that ran out of memory."""
 
     def run(
-        name: str, chosen: Sequence[str], threads_per_block: int, precision: str
+        name: str, chosen: Sequence[str], threads_per_block: int, precision: str, *, backward: bool
     ) -> Iterator[Row]:
         spec = bench.case_spec(name, precision=precision)
-        shared = bench.case_row(name, spec) | {"gpu": "Test GPU", "floor_ms": 0.129, "utc": "now"}
+        shared = bench.case_row(name, spec, backward=backward)
+        shared |= {"gpu": "Test GPU", "floor_ms": 0.129, "utc": "now"}
         for variant in chosen:
             row: Row = shared | {"variant": variant, "status": "ok", "error": 1.1e-7}
             if variant not in TIMES:
@@ -275,6 +276,8 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> None:
                 yield row | {"status": "failed", "reason": reason}
                 continue
             row |= {"p50_ms": TIMES[variant], "host_us": 1077.8}
+            if backward:
+                row |= {"gradient_error": 3.4e-7, "peak_extra_bytes": 5_678_900_000}
             yield row | ({"runs": "library_conv"} if variant == "auto" else {})
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -302,6 +305,46 @@ def test_bench_table_fits_the_terminal(
     ]
     assert "unfused failed: out of memory: CUDA out of memory Tried" in result.stdout
     assert "4.98 times faster than eager PyTorch" in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize("width", [100, 150])
+def test_bench_of_both_passes_says_so(
+    timed: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, width: int
+) -> None:
+    monkeypatch.setattr(cli, "console", Console(width=width))
+    out = tmp_path / "rows.csv"
+    cases = options("case", "kb83", "kb83-b1")
+    result = numba_fused("bench", "--backward", *cases, "--out", str(out))
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= width
+    assert "kb83 ieee, forward + backward on Test GPU: memory floor 0.129 ms for 1,184 MB" in lines
+    auto = next(line for line in lines if line.startswith(" auto"))
+    #                   ms   extra MB floor x eager x compile error, gradients', host us
+    assert auto.split()[2:] == [
+        *("0.654", "5,679", "20", "4.98", "3.31", "1.1e-07", "3.4e-07", "1078", "ok"),
+    ]
+    assert "forward + backward:" in lines
+    assert set(results.read(out)["backward"]) == {True}
+    told = json.loads(numba_fused("bench", "--backward", "--variant", "auto", "--json").stdout)
+    assert [row["backward"] for row in told] == [True]
+    alone = numba_fused("bench", "--variant", "auto", *cases).stdout
+    assert "backward" not in alone
+    assert "gradient" not in alone
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--threads-per-block", "128"], "threads_per_block=128 does not go with backward"),
+        (["--profile", "split"], "--profile counts the forward pass alone"),
+    ],
+)
+def test_bench_of_both_passes_refuses_what_is_of_one(
+    timed: None, arguments: list[str], said: str
+) -> None:
+    result = numba_fused("bench", "--backward", *arguments)
+    assert result.exit_code == 2
+    assert said in result.output
 
 
 def test_bench_runs_cases_in_precisions_and_adds_their_rows(timed: None, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 from numba_fused import bench, cli, plot, results, sweep
 from numba_fused.plot.mask import PROBABILITIES, deviations
-from numba_fused.plot.rows import by_case
+from numba_fused.plot.rows import all_block_sizes, bench_recipe, by_case
 from numba_fused.plot.scaling import slope
 from numba_fused.plot.style import WIDTH, spread
 from numba_fused.results import Row
@@ -278,9 +278,20 @@ def test_usual_block_size_and_forward_pass_are_drawn(tmp_path: Path) -> None:
         made_up("kb83", "one_kernel", threads_per_block=128, p50_ms=4.0),
         made_up("kb83", "torch", p50_ms=3.0),
         made_up("kb83", "torch", p50_ms=7.0, backward=True, **late),
+        made_up("kb83", "tiled", p50_ms=7.0, backward=True),
     )
     found = {row["variant"]: row["p50_ms"] for row in by_case(rows, "ieee")["kb83"]}
-    assert found == {"torch": 3.0, "unfused": 2.0, "one_kernel": 4.0}
+    assert found == {"torch": 3.0, "unfused": 2.0}
+    sizes = all_block_sizes(rows, "kb83", "ieee")
+    assert [(row["variant"], row["threads_per_block"]) for row in sizes] == [
+        ("unfused", 256),
+        ("one_kernel", 128),
+        ("unfused", 1024),
+    ]
+    # What a figure does not show is missing, though it was measured some other way.
+    lacking = {key.variant for key in bench_recipe("kb83", ["ieee"]).missing(rows)}
+    assert {"one_kernel", "tiled"} < lacking
+    assert not {"torch", "unfused"} & lacking
 
 
 # ---- what is missing --------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def row_of(key: Key, **rest: Any) -> Row:
     spec = bench.case_spec(key.case, key.precision)
     milliseconds = spec.batch * (2.0 if key.variant == "torch" else 1.0)
     times = {"p20_ms": 0.9 * milliseconds, "p50_ms": milliseconds, "p80_ms": 1.1 * milliseconds}
-    made = bench.case_row(key.case, spec) | key._asdict() | times
+    made = bench.case_row(key.case, spec, backward=key.backward) | key._asdict() | times
     return made | {"status": "ok", "gpu": GPU, "utc": results.now(), **rest}
 
 
@@ -66,7 +66,9 @@ def keys_of(path: Path) -> list[Key]:
         ({"base": "kb84"}, "unknown case 'kb84'"),
         ({"variants": ["fast"]}, "unknown variant 'fast'"),
         ({"precisions": ["fp8"]}, "precision must be one of"),
-        ({"backward": [False, True]}, "backward=True cannot be timed"),
+        ({"backward": ["yes"]}, r"backward takes a list of true and false, but got \['yes'\]"),
+        ({"backward": True}, "backward takes a list of true and false, but got True"),
+        ({"backward": []}, "nothing is left to measure"),
         ({"where": ["batch >"]}, "condition 'batch >' under where"),
         ({"where": ["batches > 1"]}, "condition 'batches > 1' under where: .*batches"),
         ({"where": ["batch > 128"]}, "nothing is left to measure"),
@@ -138,6 +140,7 @@ SWEPT = {
     "ladder": {"precision": ["ieee", "tf32"], "variant": results.variants()},
     "precision": {"precision": ["ieee", "tf32"]},
     "cases": {"case": list(bench.CASES)},
+    "backward": {"batch": [1, 16, 128], "backward": [False, True]},
 }
 
 
@@ -152,9 +155,7 @@ def test_shipped_sweeps_cover_their_axes(name: str) -> None:
 
 
 def test_every_shipped_sweep_is_known_here() -> None:
-    assert sweep.shipped().keys() == SWEPT.keys() | {"backward"}
-    with pytest.raises(ValueError, match="sweep backward: backward=True cannot be timed"):
-        Sweep.read("backward")
+    assert sweep.shipped().keys() == SWEPT.keys()
     with pytest.raises(ValueError, match="unknown sweep 'bathc': use one of backward, batch"):
         Sweep.read("bathc")
 
@@ -190,6 +191,36 @@ def test_rows_of_a_workload_stay_together() -> None:
     assert {key.threads_per_block for key in keys} == {None, 64}
 
 
+def test_both_passes_share_a_workload_and_take_no_block_size() -> None:
+    declared = batches(1, axes={"threads_per_block": [64, 128]}, backward=[False, True])
+    keys = sweep.plan([declared])
+    assert [len(unit) for unit in sweep.units(keys)] == [5]
+    both = [key for key in keys if key.backward]
+    assert [(key.variant, key.threads_per_block) for key in both] == [
+        ("torch", None),
+        ("tiled", None),
+    ]
+    assert {key.threads_per_block for key in keys if key not in both} == {None, 64, 128}
+
+
+def test_preview_counts_the_backward_pass() -> None:
+    forward, both = (
+        sweep.preview(sweep.plan([batches(128, backward=backward)]))[0]
+        for backward in ([False], [True])
+    )
+    spec, key = bench.case_spec("kb83"), sweep.plan([batches(128)])[0]
+    assert 1.5 * forward.gigabytes < both.gigabytes < 3 * forward.gigabytes
+    alone, with_backward = (
+        sweep._row_seconds(spec, key._replace(backward=backward), 3) for backward in (False, True)
+    )
+    assert alone < with_backward
+    assert forward.seconds < both.seconds
+    one = sweep.preview(sweep.plan([batches(128, backward=[False, True])]))[0]
+    assert one.rows == forward.rows + both.rows
+    assert one.gigabytes == both.gigabytes
+    assert max(forward.seconds, both.seconds) < one.seconds < forward.seconds + both.seconds
+
+
 def test_preview_grows_with_the_work() -> None:
     small, large = sweep.preview(sweep.plan([batches(1, 1024)]))
     assert (small.rows, large.rows) == (2, 2)
@@ -222,6 +253,7 @@ def test_failing_measurement_is_a_row_with_its_reason(tmp_path: Path) -> None:
     statuses = [row["status"] for row in sweep.run(keys, path, measure=measure)]
     assert statuses == ["ok", "failed", "ok", "ok"]
     failed = results.read(path).iloc[1]
+    assert not failed["backward"]
     assert failed["reason"] == "RuntimeError: out of luck"
     assert (failed["x_shape"], failed["threads_per_block"]) == ("1x3x16x64x64", 256)
     assert failed["torch"]
@@ -308,15 +340,18 @@ def test_measuring_is_that_of_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     stand = bench.Bench()
     asked = []
     monkeypatch.setattr(sweep, "_bench", lambda: stand)
-    monkeypatch.setattr(stand, "row", lambda *arguments: asked.append(arguments) or {})
+    monkeypatch.setattr(
+        stand, "row", lambda *arguments, backward: asked.append((*arguments, backward)) or {}
+    )
     sweep.measure("kb83-b1", "tiled", "ieee", 64, False)
-    sweep.measure("kb83-b1", "auto", "tf32", None, False)
-    assert asked == [("kb83-b1", "tiled", 64, "ieee"), ("kb83-b1", "auto", 256, "tf32")]
+    sweep.measure("kb83-b1", "auto", "tf32", None, True)
+    assert asked == [
+        ("kb83-b1", "tiled", 64, "ieee", False),
+        ("kb83-b1", "auto", 256, "tf32", True),
+    ]
     stand.lost_to = "tiled"
     with pytest.raises(GpuLostError, match="the GPU was lost to tiled"):
         sweep.measure("kb83-b1", "auto", "ieee", None, False)
-    with pytest.raises(ValueError, match="backward"):
-        sweep.measure("kb83-b1", "auto", "ieee", None, True)
 
 
 # ---- several workers --------------------------------------------------------------------------
@@ -520,8 +555,20 @@ def test_comparison_is_a_ratio_with_its_spread() -> None:
     assert [pair.differs for pair in pairs] == [True, False, False, False]
     assert [pair.note for pair in pairs] == ["", "", "failed in B", ""]
     assert [pair.only_in for pair in pairs] == ["", "", "", "B"]
-    found = compare.by_variant([*pairs, compare.Pair(torch, 3.0, 2.0, 1.5, 1.4, 1.6)])
+    both = compare.Pair(torch._replace(backward=True), 30.0, 3.0, 10.0, 9.0, 11.0)
+    found = compare.by_variant([*pairs, compare.Pair(torch, 3.0, 2.0, 1.5, 1.4, 1.6), both])
     assert found["torch"] == (2, pytest.approx(1.0), pytest.approx(2 / 3), 1.5)
+    assert found["torch + backward"] == (1, pytest.approx(10.0), 10.0, 10.0)
+
+
+def test_passes_are_compared_with_their_like() -> None:
+    alone, both = sweep.plan([batches(1, variants=["torch"], backward=[False, True])])
+    slow, slower = {"p50_ms": 20.0}, {"p50_ms": 40.0}
+    a = frame_of(row_of(alone), row_of(both, **slow))
+    b = frame_of(row_of(both, **slower), row_of(alone))
+    assert [pair.ratio for pair in compare.compare(a, b)] == [1.0, 0.5]
+    with pytest.raises(ValueError, match=r"no measurement in common.*backward"):
+        compare.compare(frame_of(row_of(alone)), frame_of(row_of(both)))
 
 
 def test_comparison_of_what_cannot_be_compared_is_refused() -> None:
@@ -576,6 +623,22 @@ def test_command_measures_what_is_missing(
     csv, parquet = sweep.files(tmp_path / "out")
     assert len(results.read(csv)) == len(keys) + 2
     assert len(results.read(parquet)) == len(keys)
+
+
+def test_command_measures_both_passes_and_says_which(
+    stubbed: collections.Counter[Key], tmp_path: Path
+) -> None:
+    done = numba_fused("sweep", "backward", "--out", tmp_path / "rows.csv")
+    assert done.exit_code == 0, done.output
+    assert collections.Counter(key.backward for key in stubbed) == {False: 9, True: 9}
+    assert "kb83 ieee torch 256 ms" in done.stderr
+    assert "kb83 ieee torch + backward 256 ms" in done.stderr
+    assert sweep.missing(list(stubbed), tmp_path / "rows.csv") == []
+    rows = results.read(tmp_path / "rows.csv")
+    both = rows.loc[rows["backward"]]
+    assert set(both["compulsory_bytes"]).isdisjoint(rows.loc[~rows["backward"], "compulsory_bytes"])
+    compared = numba_fused("compare", tmp_path / "rows.csv", tmp_path / "rows.csv").stdout
+    assert "torch.compile + backward" in compared
 
 
 @pytest.mark.parametrize(

@@ -380,6 +380,28 @@ def test_the_command_writes_rows_and_both_figures(tmp_path: Path) -> None:
     assert "training loss (nats)" in (tmp_path / "curve.svg").read_text()
 
 
+def test_only_a_gpus_rows_are_kept_without_being_asked(
+    tmp_path: Path, frame: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny = ("--steps", "2", "--batch", "2")
+    done = CliRunner().invoke(cli.app, ["train", "--device", "cpu", *tiny])
+    assert done.exit_code in (0, 1), done.output
+    assert not list(tmp_path.iterdir())
+    assert "no rows kept: --out names a file" in done.stdout
+
+    # No GPU is needed to see where a GPU's would go.
+    on_gpu = replace(TINY, device="cuda")
+    result = training.Result(FUSED, [training.Step(0, 1.0, 0.5, 0.1, True)], 0.5, 10)
+    monkeypatch.setattr(training, "problem_for", lambda *_, **__: on_gpu)
+    monkeypatch.setattr(training, "train", lambda *_: result)
+    monkeypatch.setattr(training, "rows", lambda *_: as_on_a_gpu(frame))
+    done = CliRunner().invoke(cli.app, ["train"])
+    assert done.exit_code == 0, done.output
+    written = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.*")}
+    assert written == {"plots/data/training.csv", "plots/training.png", "plots/training.svg"}
+
+
 def test_the_command_fails_when_the_curves_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

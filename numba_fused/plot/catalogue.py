@@ -257,7 +257,7 @@ def _of_many_cases() -> list[Plot]:
             "Each cell is a time relative to the same variant's best: 1 is the best block size.",
             partial(all_block_sizes, case="kb83", precision="ieee"),
             threads_heatmap,
-            partial(sweep_recipe, "threads", any_block_size=False),
+            partial(sweep_recipe, "threads", usual_block_size=False),
         ),
     ]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from numba_fused import bench, ladder, results
+from numba_fused import bench, results
 from numba_fused.results import DATA, Key, Row
 
 PRECISIONS = ("ieee", "tf32")
@@ -77,7 +77,7 @@ def _holds_rows(file: Path) -> bool:
 
 def by_case(frame: pd.DataFrame, precision: str) -> dict[str, list[Row]]:
     """The rows of each case, variants in ladder order: forward pass, usual block size."""
-    return results.newest(_usual(frame), precision)
+    return results.newest(frame, precision)
 
 
 def of_case(frame: pd.DataFrame, case: str, precisions: Iterable[str]) -> list[Row]:
@@ -99,11 +99,17 @@ def varies_only(base: str, *parameters: str) -> Callable[[str], bool]:
 
 
 def all_block_sizes(frame: pd.DataFrame, case: str, precision: str) -> list[Row]:
-    """The rows of a case that were measured at a certain block size, one for each size."""
+    """The rows of a case that were measured at a certain block size, one for each size.
+
+    Those with the backward pass have none.
+    """
     here = (frame["case"] == case) & (frame["precision"] == precision)
-    rows = _records(frame.loc[here & ~_backward(frame)])
     takes = bench.takes_threads_per_block
-    return [row for row in rows if row["threads_per_block"] and takes(row["variant"])]
+    return [
+        row
+        for row in _records(frame.loc[here])
+        if row["threads_per_block"] and takes(row["variant"])
+    ]
 
 
 def timed(rows: Iterable[Row]) -> list[Row]:
@@ -119,21 +125,6 @@ def _records(frame: pd.DataFrame) -> list[Row]:
     ]
 
 
-def _usual(frame: pd.DataFrame) -> pd.DataFrame:
-    """Without the backward pass; other block sizes only where the usual one was not measured."""
-    frame = frame.loc[~_backward(frame)]
-    threads = frame["threads_per_block"]
-    other = threads.notna() & (threads != ladder.DEFAULT_THREADS_PER_BLOCK)
-    what = [frame[name] for name in ("case", "variant", "precision")]
-    has_usual = (~other).groupby(what).transform("any")
-    return frame.loc[~(other & has_usual)]
-
-
-def _backward(frame: pd.DataFrame) -> pd.Series:
-    # True, or 1 where the file has empty cells besides.
-    return pd.Series([value == 1 for value in frame["backward"]], index=frame.index, dtype=bool)
-
-
 # ---- what is not there ------------------------------------------------------------------------
 
 
@@ -146,7 +137,7 @@ class Recipe:
     command : str
     keys : tuple of Key
         What the command measures and the figure shows, as far as that can be listed here; where
-        `threads_per_block` is None, any will do.
+        `threads_per_block` is None, the usual one.
     """
 
     command: str
@@ -155,7 +146,8 @@ class Recipe:
     def missing(self, frame: pd.DataFrame) -> list[Key]:
         """The keys that there is no row of, not even a failed one."""
         there = set(map(results.key, frame.to_dict("records")))
-        there |= {key._replace(threads_per_block=None) for key in there}
+        usual = filter(results.has_usual_size, there)
+        there |= {key._replace(threads_per_block=None) for key in usual}
         return [key for key in self.keys if key not in there]
 
 
@@ -174,7 +166,7 @@ def bench_recipe(case: str, precisions: Sequence[str]) -> Recipe:
 
 @functools.cache
 def sweep_recipe(
-    name: str, variants: tuple[str, ...] = (), *, any_block_size: bool = True
+    name: str, variants: tuple[str, ...] = (), *, usual_block_size: bool = True
 ) -> Recipe:
     """What a shipped sweep measures of these variants, by default of all."""
     from numba_fused.sweep import Sweep
@@ -185,7 +177,7 @@ def sweep_recipe(
     except RuntimeError:  # without PyYAML the command is known, its rows are not
         return Recipe(command)
     keys = [key for key in keys if not variants or key.variant in variants]
-    if any_block_size:
+    if usual_block_size:
         keys = [key._replace(threads_per_block=None) for key in keys]
     return Recipe(command, tuple(keys))
 
@@ -195,6 +187,7 @@ def listed(keys: Sequence[Key]) -> str:
     names = [
         f"{key.case} {key.variant} {key.precision}"
         + (f" @{key.threads_per_block}" if key.threads_per_block else "")
+        + " with backward" * key.backward
         for key in keys[:SHOWN_KEYS]
     ]
     more = f" and {len(keys) - SHOWN_KEYS} more" if len(keys) > SHOWN_KEYS else ""
