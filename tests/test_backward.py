@@ -89,14 +89,14 @@ def make(
     return spec, operands, random_gradient(spec, operands)
 
 
-def random_gradient(spec: BlockSpec, operands: Operands) -> Tensor:
+def random_gradient(spec: BlockSpec, operands: Operands, margin: float = MARGIN) -> Tensor:
     """Of the output; zero where rounding could move h across a bound."""
     x, weight, bias, gamma, beta = operands.to(torch.float64)
     unbounded = replace(spec, min_value=-math.inf, max_value=math.inf, cap=math.inf, training=False)
     h = chain(unbounded, x, weight, bias, gamma, beta, keep_mask=None)
     gradient = random_operands(spec.output_shape, (1,)).x.to(operands.x)
     for bound in (spec.min_value, spec.max_value, spec.cap):
-        gradient[(h - bound).abs() < MARGIN] = 0
+        gradient[(h - bound).abs() < margin] = 0
     return gradient
 
 

@@ -440,6 +440,30 @@ def test_vectors_are_loaded_and_stored_in_order(
     assert target.tolist() == [*used[::-1], *rest]
 
 
+@cuda.jit
+def load_matrices_kernel(source, rows, out):
+    """Each lane's four words, of matrices whose rows lie where `rows` says."""
+    staged = cuda.shared.array(VALUES, uint32)
+    i = cuda.threadIdx.x
+    for j in range(4):
+        staged[4 * i + j] = source[4 * i + j]
+    cuda.syncthreads()
+    a, b, c, d = ptx.load_matrices(staged, uint64(rows[i]))
+    out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3] = a, b, c, d
+
+
+def test_matrices_of_halves_are_loaded_transposed(launch: Launch) -> None:
+    """NVIDIA's "PTX ISA", ldmatrix with .trans: a lane gets two rows of its column."""
+    halves = np.arange(2 * VALUES, dtype=np.uint16)
+    rows = np.random.default_rng(0).permutation(WARP).astype(np.uint32)
+    out = np.zeros(VALUES, np.uint32)
+    launch(load_matrices_kernel, halves.view(np.uint32), 4 * rows, out)
+    matrices = halves.reshape(WARP, 8)[rows].reshape(4, 8, 8)
+    found = out.view(np.uint16).reshape(8, 4, 4, 2)  # g, t, matrix, half
+    for g, t, i, half in np.ndindex(found.shape):
+        assert found[g, t, i, half] == matrices[i, 2 * t + half, g]
+
+
 def doubles() -> np.ndarray:
     """Of every magnitude, both words of each unlike the other; special values, and two NaNs."""
     generator = np.random.default_rng(5)
@@ -673,6 +697,12 @@ INSTRUCTIONS: list[tuple[Any, Any, tuple[Any, ...], list[str]]] = [
         for element in (F32, U32)
     ),
     (ptx.high_bits, high_bits_kernel, (F64, U32), ["mov.b64 {low, "]),
+    (
+        ptx.load_matrices,
+        load_matrices_kernel,
+        (U32, U32, U32),
+        ["ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"],
+    ),
     (ptx.publish, publish_kernel, (F64, U32), ["st.relaxed.gpu.global.f64"]),
     (ptx.load_published, load_published_kernel, (U32, F64), ["ld.relaxed.gpu.global.f64"]),
     (ptx.warp_max, warp_max_kernel, (U32, U32), ["redux.sync.max.u32"]),

@@ -316,7 +316,8 @@ def input_gradient_kernel(tile: InputTile) -> Any:
                 if split:
                     target = int32(target + rest_words)
                     stage(rest, words, target, sample, next_plane, next_group, first_h, first_w)
-            if plane >= 0 and plane < out_d:
+            row_exists = first_h + int32(ptx.thread_index() // WARP) < in_h
+            if plane >= 0 and plane < out_d and row_exists:
                 order = int32(int32(plane + kernel_d) % kernel_d)
                 first_set = int32(order * (kernel_h * kernel_w * channel_groups) + group)
                 add_plane(acc, words, int32(buffer * stage_words), packed, first_set)

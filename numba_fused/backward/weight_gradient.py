@@ -140,7 +140,6 @@ def weight_gradient_kernel(tile: WeightTile) -> Any:
     dz_at, rest_at = x_words, x_words + dz_words
     low_words = x_words + 2 * dz_words  # x's second halves lie behind both sets of dz
     steps_per_row, accumulators = columns // STEP, 4 * instructions
-    steps = ROWS * steps_per_row
     all_sources = in_channels * kernel_d
 
     @cuda.jit(device=True)
@@ -220,11 +219,11 @@ def weight_gradient_kernel(tile: WeightTile) -> Any:
         acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3] = c0, c1, c2, c3
 
     @cuda.jit(device=True)
-    def add_tile(acc, words, offsets):
-        """Add the products of a staged tile; its rows of 16 positions are shared by the warps."""
+    def add_tile(acc, words, offsets, rows):
+        """Add the products of a staged tile; the 16 positions of a step are a warp's."""
         lane = int32(ptx.lane_index())
         step = int32(ptx.thread_index() // WARP)
-        while step < steps:
+        while step < min(rows, int32(ROWS)) * steps_per_row:
             row, run = int32(step // steps_per_row), int32(step % steps_per_row)
             # Matrices 0 to 3: positions 0-7 and 8-15 in pairs of channels 0-3 and 4-7.
             matrix = int32(lane // 8)
@@ -279,7 +278,7 @@ def weight_gradient_kernel(tile: WeightTile) -> Any:
                     stage_x(x, words, x_sample, first_source, place, scale)
                     ptx.wait_for_copies()
                     cuda.syncthreads()
-                    add_tile(acc, words, offsets)
+                    add_tile(acc, words, offsets, int32(out_h - h))
             plane = int32(plane + 1)
 
         lane, warp = int32(ptx.lane_index()), int32(ptx.thread_index() // WARP)

@@ -1,0 +1,325 @@
+"""backward/tensor_core: the same gradients by tensor-core tiles, in the simulator.
+
+Who judges is `test_backward`'s: each gradient's error is at most twice PyTorch's own. Those with
+``precision="tf32"`` are compared with their operands' 11 bits instead.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numba
+import pytest
+import torch
+from definition import BOUNDS, Operands, random_operands, spec_for
+from numba.cuda import dispatcher
+from test_backward import (
+    ALL,
+    H200,
+    SEED,
+    TRAINING,
+    assert_accurate,
+    autograd,
+    bits,
+    error,
+    random_gradient,
+    run,
+)
+from test_ptx import ARCHITECTURES, assembled, compiled, disassembly
+from torch import Tensor
+
+import numba_fused as nf
+from numba_fused import backward, ops
+from numba_fused.backward import tensor_core
+from numba_fused.backward.operands import Operands as CallOperands
+from numba_fused.device.cubins import describe
+from numba_fused.ladder import tensor_cores
+from numba_fused.simulator import Simulator
+from numba_fused.spec import BlockSpec
+
+Call = tuple[BlockSpec, Operands, Tensor]
+
+# Margins of random gradients, and the error allowed, with operands of 11 bits.
+TF32_MARGIN, TF32_ERROR = 2e-2, 1e-3
+
+# name: (x shape, weight shape, arguments)
+CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "3-D, padding": ((1, 2, 3, 4, 7), (4, 2, 3, 3, 2), {"padding": 1}),
+    "2-D": ((2, 3, 6, 20), (4, 3, 3, 3), {}),
+    "1-D, even kernel": ((3, 4, 30), (6, 4, 4), {"padding": 2, "num_groups": 3}),
+    "two sets of channels": ((1, 2, 3, 9), (20, 2, 2, 2), {"num_groups": 5}),
+    "kernel 1": ((2, 3, 2, 7), (4, 3, 1, 1), {}),
+    "padding beyond the kernel": ((1, 1, 2, 3), (2, 1, 2, 2), {"num_groups": 1, "padding": 3}),
+    "rows beyond a tile": ((1, 1, 20, 3), (2, 1, 3, 1), {"num_groups": 1}),
+    "columns beyond a tile": ((1, 1, 2, 140), (2, 1, 1, 3), {"num_groups": 1}),
+    "two sets of rows": ((1, 7, 4, 2, 4), (4, 7, 3, 2, 1), {}),
+    "taps for two blocks": ((1, 12, 3, 10), (2, 12, 3, 3), {"num_groups": 1}),
+}
+
+
+def make(case: str, *, margin: float | None = None, **changes: Any) -> Call:
+    """Spec, random operands and the gradient of the output of one of the cases."""
+    x_shape, weight_shape, arguments = CASES[case]
+    operands = random_operands(x_shape, weight_shape)
+    given: dict[str, Any] = {"num_groups": 2, **TRAINING, **arguments, **changes}
+    spec = spec_for(operands, **given)
+    more = {} if margin is None else {"margin": margin}
+    return spec, operands, random_gradient(spec, operands, **more)
+
+
+def gradients(call: Call, **options: Any) -> list[Tensor | None]:
+    return run(*call, variant="tensor_core", **options)
+
+
+# ---- right answers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_error_is_at_most_twice_torchs_own(case: str) -> None:
+    call = make(case)
+    assert_accurate(gradients(call), *call)
+
+
+@pytest.mark.parametrize("case", ["3-D, padding", "two sets of channels", "taps for two blocks"])
+def test_tf32_is_as_good_as_its_operands(case: str) -> None:
+    call = make(case, margin=TF32_MARGIN, precision="tf32")
+    spec, operands, grad_out = call
+    exact = autograd(spec, operands.to(torch.float64), grad_out.double())
+    for name, found, wanted in zip(backward.NAMES, gradients(call), exact, strict=True):
+        assert found is not None
+        assert wanted is not None
+        assert error(found, wanted) <= TF32_ERROR * float(wanted.norm()), name
+
+
+def test_races_and_order() -> None:
+    """No two threads disturb each other, and the order in which they run changes no bit."""
+    call = make("2-D")
+    found = gradients(call, simulator=Simulator())
+    shuffled = Simulator(check_races=False, schedule_seed=3)
+    assert bits(gradients(call, simulator=shuffled)) == bits(found)
+
+
+@pytest.mark.parametrize(
+    ("p", "training"), [(0.0, True), (0.25, False), (0.9, True), (1.0, True)], ids=str
+)
+def test_any_dropout(p: float, training: bool) -> None:
+    call = make("kernel 1", dropout_p=p, training=training)
+    assert_accurate(gradients(call), *call)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12], ids=str)
+def test_gradients_of_any_magnitude(scale: float) -> None:
+    """Halves reach 65504 and end at 6e-8: scales have to follow the data."""
+    spec, operands, grad_out = make("kernel 1")
+    call = spec, operands, grad_out * scale
+    assert_accurate(gradients(call), *call)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12], ids=str)
+def test_operands_of_any_magnitude(scale: float) -> None:
+    spec, operands, _ = make("kernel 1")
+    operands = operands._replace(x=operands.x * scale, weight=operands.weight / scale)
+    call = spec, operands, random_gradient(spec, operands)
+    assert_accurate(gradients(call), *call)
+
+
+def test_samples_of_different_magnitude() -> None:
+    """Each has a scale of its own: the small one's dx keeps its digits beside the large one's."""
+    spec, operands, grad_out = make("2-D")
+    grad_out = grad_out * torch.tensor([1.0, 2.0**-40]).view(2, 1, 1, 1)
+    dx, *_ = gradients((spec, operands, grad_out), wanted=(True, False, False, False, False))
+    exact, *_ = autograd(spec, operands.to(torch.float64), grad_out.double())
+    assert dx is not None
+    assert exact is not None
+    assert error(dx[1], exact[1]) < 1e-6 * float(exact[1].norm())
+
+
+def test_what_is_not_a_number_goes_where_torch_sends_it() -> None:
+    """A NaN of grad_out poisons its group of its sample, even where it was dropped."""
+    spec, operands, grad_out = make("2-D")
+    keep = torch.from_numpy(nf.keep_mask(SEED, spec.output_shape, spec.dropout_p))
+    dropped = (~keep[1, 3]).nonzero()
+    found = False
+    for place in dropped.tolist():  # one that the bounds let through
+        with_nan = grad_out.clone()
+        with_nan[(1, 3, *place)] = math.nan
+        exact = autograd(spec, operands.to(torch.float64), with_nan.double())
+        assert exact[3] is not None
+        if exact[3].isnan().any():
+            found = True
+            ours = gradients((spec, operands, with_nan))
+            for one, other in zip(ours, exact, strict=True):
+                assert one is not None
+                assert other is not None
+                assert torch.equal(one.isnan(), other.isnan())
+            break
+    assert found
+
+
+# ---- only what is wanted, a run of samples at a time --------------------------------------------
+
+
+def launched(simulator: Simulator) -> list[str]:
+    return [launch.kernel for launch in simulator.launches]
+
+
+def test_only_what_is_wanted_is_launched() -> None:
+    call = make("kernel 1")
+    every = gradients(call)
+    last = {"weight_gradient", "input_gradient", "gradient_kernel", "bias_sum_kernel"}
+    for which, needs in {
+        0: {"input_gradient", "gradient_kernel"},
+        1: {"weight_gradient", "gradient_kernel"},
+        2: {"bias_sum_kernel", "gradient_kernel"},
+        3: set(),
+        4: set(),
+    }.items():
+        wanted: Any = tuple(i == which for i in range(5))
+        simulator = Simulator(check_races=False)
+        some = gradients(call, wanted=wanted, simulator=simulator)
+        assert bits(some) == bits([g if w else None for g, w in zip(every, wanted, strict=True)])
+        assert last.intersection(launched(simulator)) == needs
+
+
+def test_runs_of_samples_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dz of all samples at once would be as large as the output."""
+    call = make("1-D, even kernel")
+    found = gradients(call)
+    monkeypatch.setattr(tensor_core, "MOST_DZ_BYTES", 1)
+    simulator = Simulator(check_races=False)
+    assert bits(gradients(call, simulator=simulator)) == bits(found)
+    assert launched(simulator).count("sums_kernel") == call[0].batch
+
+
+def test_statistics_of_forward_are_used_where_given() -> None:
+    call = spec, operands, _ = make("2-D")
+    x, weight, bias, _, _ = operands.to(torch.float64)
+    z = torch.nn.functional.conv2d(x, weight, bias)
+    variance, mean = torch.var_mean(z.view(-1, spec.group_size), dim=1, correction=0)
+    statistics = {"mean": mean.float(), "rstd": (variance + spec.eps).rsqrt().float()}
+    simulator = Simulator(check_races=False)
+    assert_accurate(gradients(call, **statistics, simulator=simulator), *call)
+    assert "statistics_kernel" not in launched(simulator)
+
+
+# ---- through the public function ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_autograd_takes_it(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU; here the kernels of the backward pass run in the simulator."""
+    x_shape, weight_shape, _ = CASES["kernel 1"]
+    leaves = [
+        t.to(dtype).requires_grad_()
+        for t in random_operands(x_shape, weight_shape)
+        if t is not None
+    ]
+
+    def differentiate(variant: str | None) -> list[Tensor]:
+        monkeypatch.setattr(ops, "backward_for", lambda call, device: variant)
+        out = nf.fused_conv_group_norm_min_clamp_dropout(
+            *leaves, num_groups=2, seed=SEED, **BOUNDS, **TRAINING
+        )
+        return list(torch.autograd.grad(out.float().square().sum(), leaves))
+
+    for found, wanted in zip(differentiate("tensor_core"), differentiate(None), strict=True):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, wanted)
+
+
+# ---- limits -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "weight_shape", "arguments", "reason"),
+    [
+        ((1, 2, 9, 9), (4, 2, 3, 3), {"stride": 2}, "takes stride 1 and dilation 1"),
+        ((1, 2, 9, 9), (4, 2, 3, 3), {"dilation": 2}, "takes stride 1 and dilation 1"),
+        ((1, 2, 9, 9), (4, 1, 3, 3), {"groups": 2}, "groups=2"),
+        ((1, 2, 9, 9), (4, 2, 3, 3), {"dtype": "float64"}, "x is float64"),
+        ((1, 40, 9, 9), (4, 40, 3, 3), {}, "in_channels * kernel depth is 40"),
+        ((1, 2, 9, 9), (2048, 2, 1, 1), {}, "takes 1024 output channels, and there are 2048"),
+    ],
+)
+def test_limits_are_told(
+    x_shape: tuple[int, ...], weight_shape: tuple[int, ...], arguments: dict[str, Any], reason: str
+) -> None:
+    given: dict[str, Any] = {"num_groups": 2, **BOUNDS, **arguments}
+    spec = BlockSpec.from_arguments(x_shape, weight_shape, **given)
+    operands = random_operands(x_shape, weight_shape, getattr(torch, spec.dtype))
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        run(spec, operands, torch.zeros(spec.output_shape), variant="tensor_core")
+
+
+def test_an_unknown_variant_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="unknown backward variant 'quick': use one of clear, tens"
+    ):
+        run(*make("kernel 1"), variant="quick")
+
+
+# ---- machine code -------------------------------------------------------------------------------
+
+# What the disassembly of each kernel must show.
+INSTRUCTIONS = {
+    "statistics_kernel": ["HMMA.16816.F32", "LDGSTS.E.BYPASS.128"],
+    "sums_kernel": ["HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "LDS.128"],
+    "gradient_kernel": ["HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "LDS.128"],
+    "weight_gradient": ["HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "LDSM.16.MT88.4"],
+    "input_gradient": ["HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "LDS.64", "LDG.E.128"],
+}
+PRECISIONS = ("ieee", "tf32")
+
+
+def recorded(precision: str, architecture: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Every kernel and the types of its arguments, for one sample of the benchmark case."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensor_cores, "has_bulk_copies", lambda device: architecture != "sm_80")
+        return _recorded(precision)
+
+
+def _recorded(precision: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    launches: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+
+    def record(kernel: Any, grid: Any, block: Any, *args: Any, **_: Any) -> None:
+        arrays = (arg.numpy() if isinstance(arg, Tensor) else arg for arg in args)
+        launches[kernel.py_func.__name__] = kernel, tuple(map(numba.typeof, arrays))
+
+    operands = random_operands((1, 3, 16, 64, 64), (16, 3, 3, 3, 3))
+    spec = spec_for(operands, num_groups=8, precision=precision, **TRAINING)
+    tensors: Any = [t.ravel() for t in (*operands, torch.zeros(spec.output_shape)) if t is not None]
+    call = CallOperands(spec, *tensors, seed=torch.zeros(1, dtype=torch.int64))
+    tensor_core.gradients(record, call, None, ALL)
+    return launches
+
+
+KERNELS = {
+    (precision, architecture): recorded(precision, architecture)
+    for precision in PRECISIONS
+    for architecture in ARCHITECTURES
+}
+UNIQUE = [
+    pytest.param(*key, name, marks=pytest.mark.slow if key[1] == "sm_80" else ())
+    for key, launches in KERNELS.items()
+    for name, launch in launches.items()
+    if key[0] == "ieee" or launch not in KERNELS["ieee", key[1]].values()
+]
+
+
+@pytest.mark.parametrize(("precision", "architecture", "name"), UNIQUE)
+def test_machine_code(
+    precision: str, architecture: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No spills, no stack, what each kernel is about, and the cache can tell it by its contents."""
+    monkeypatch.setattr(dispatcher, "get_current_device", lambda: H200)
+    kernel, types = KERNELS[precision, architecture][name]
+    cubin = tmp_path / "kernel.cubin"
+    report = assembled(compiled(kernel, types, architecture), architecture, cubin)
+    assert " 0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report
+    if architecture == "sm_90a":
+        found = disassembly(cubin)
+        assert [i for i in INSTRUCTIONS.get(name, []) if f" {i}" not in found] == []
+    assert describe(kernel)
