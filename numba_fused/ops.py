@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from types import NoneType
 from typing import Any, TypeAlias
 
@@ -54,10 +55,22 @@ class Call:
     spec : BlockSpec
     rung : str, optional
         Name of the one that runs it; None if it is left to PyTorch's operators, on the CPU.
+    backward : str, optional
+        Name of the variant that differentiates it; None for PyTorch's operators.
     """
 
     spec: BlockSpec
     rung: str | None
+    backward: str | None
+
+    @cached_property
+    def statistics_shape(self) -> tuple[int, ...]:
+        """Of what forward keeps for backward: the groups' mean and rstd, or nothing."""
+        if self.rung is None or self.backward is None:
+            return (0,)
+        if not ladder.get(self.rung).keeps_statistics:
+            return (0,)
+        return (2, self.spec.batch, self.spec.num_groups)
 
 
 # The calls seen so far, by everything that decides whether a call is valid. Validating one takes
@@ -171,7 +184,8 @@ def fused_conv_group_norm_min_clamp_dropout(
     if is_followed(operands):
         operands = autocast(operands)
         drawn = traced_seed(seed, x.device) if training and dropout_p > 0 else None
-        return block(*operands, drawn, *schema_options(options), variant)
+        out, _ = block(*operands, drawn, *schema_options(options), variant)
+        return out
     if torch._C._is_any_autocast_enabled():
         operands = autocast(operands)
     call = validated(operands, options, variant)
@@ -186,16 +200,30 @@ def fused_conv_group_norm_min_clamp_dropout(
 # ---- what is computed, whoever asks -------------------------------------------------------------
 
 
-def forward(call: Call, seed: int | Tensor | None, operands: Operands) -> Tensor:
-    """Run a call; the result has x's dtype. Autograd sees nothing of a rung's kernels."""
+def forward(
+    call: Call, seed: int | Tensor | None, operands: Operands, statistics: Tensor | None = None
+) -> Tensor:
+    """Run a call; the result has x's dtype. Autograd sees nothing of a rung's kernels.
+
+    `statistics` is filled if it is one of `new_statistics`.
+    """
     x, spec = operands[0], call.spec
     if call.rung is None:
         mask = dropout_mask(spec, seed_tensor(seed, x.device)) if spec.draws else None
         return in_pytorch(spec, mask, operands)
     with without_autocast(x):
         if x.dtype not in COMPUTED_DTYPES:
-            return ladder.run(call.rung, *operands, spec=spec, seed=seed)
-        return ladder.run(call.rung, *computed(operands), spec=spec, seed=seed).to(x.dtype)
+            return ladder.run(call.rung, *operands, spec=spec, seed=seed, statistics=statistics)
+        tensors = computed(operands)
+        out = ladder.run(call.rung, *tensors, spec=spec, seed=seed, statistics=statistics)
+        return out.to(x.dtype)
+
+
+def new_statistics(call: Call, x: Tensor) -> Tensor | None:
+    """Memory for what forward keeps for backward, if it keeps anything."""
+    if call.statistics_shape == (0,):
+        return None
+    return x.new_empty(call.statistics_shape, dtype=torch.float32)
 
 
 def in_pytorch(spec: BlockSpec, keep_mask: Tensor | None, operands: Operands) -> Tensor:
@@ -209,6 +237,7 @@ def in_pytorch(spec: BlockSpec, keep_mask: Tensor | None, operands: Operands) ->
 def gradients(
     call: Call,
     seed: Tensor | None,
+    statistics: Tensor | None,
     grad_out: Tensor,
     operands: Operands,
     wanted: Sequence[bool],
@@ -219,13 +248,13 @@ def gradients(
 
     Kernels know of no graph, so gradients that are to be differentiated again are PyTorch's.
     """
-    variant = backward_for(call, grad_out.device)
-    if variant is None or create_graph:
+    if call.backward is None or create_graph:
         return in_pytorch_backward(
             call.spec, seed, grad_out, operands, wanted, create_graph=create_graph
         )
     x, weight, bias, gamma, beta = computed(operands)
     of_x, of_weight, of_bias, of_gamma, of_beta = wanted
+    mean, rstd = (None, None) if statistics is None else statistics.view(2, -1)
     found = backward.run(
         x,
         weight,
@@ -235,17 +264,12 @@ def gradients(
         grad_out.to(x.dtype),
         spec=call.spec,
         seed=seed,
+        mean=mean,
+        rstd=rstd,
         wanted=(of_x, of_weight, of_bias, of_gamma, of_beta),
-        variant=variant,
+        variant=call.backward,
     )
     return [gradient.to(operands[0].dtype) for gradient in found if gradient is not None]
-
-
-def backward_for(call: Call, device: torch.device) -> str | None:
-    """The backward variant of a call; None for PyTorch's operators."""
-    if device.type == "cpu" or call.rung == "torch":
-        return None
-    return plan.choose_backward(call.spec, device)
 
 
 def in_pytorch_backward(
@@ -319,18 +343,26 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, seed: Tensor | None, *operands: Tensor | None) -> Tensor:
         ctx.call = call
-        ctx.save_for_backward(seed, *operands)
-        return forward(call, seed, operands)
+        statistics = new_statistics(call, operands[0])  # type: ignore[arg-type]
+        out = forward(call, seed, operands, statistics)
+        ctx.save_for_backward(seed, statistics, *operands)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        seed, *operands = ctx.saved_tensors
+        seed, statistics, *operands = ctx.saved_tensors
         wanted = ctx.needs_input_grad[2:]
-        # Autograd turns gradients on inside a backward that is to be differentiated again.
-        create_graph = torch.is_grad_enabled()
-        each = iter(
-            gradients(ctx.call, seed, grad_out, tuple(operands), wanted, create_graph=create_graph)
+        found = gradients(
+            ctx.call,
+            seed,
+            statistics,
+            grad_out,
+            tuple(operands),
+            wanted,
+            # Autograd turns gradients on inside a backward that is to be differentiated again.
+            create_graph=torch.is_grad_enabled(),
         )
+        each = iter(found)
         return (None, None, *(next(each) if want else None for want in wanted))
 
 
@@ -378,54 +410,70 @@ def python_options(options: Options) -> Options:
 
 
 @torch.library.custom_op(
-    "numba_fused::block", mutates_args=(), schema=f"({OPERANDS}, {OPTIONS}, str variant) -> Tensor"
+    "numba_fused::block",
+    mutates_args=(),
+    schema=f"({OPERANDS}, {OPTIONS}, str variant) -> (Tensor out, Tensor statistics)",
 )
-def block(*arguments: Any) -> Tensor:
-    """The block as an operator of PyTorch; deterministic, because its seed is an operand."""
+def block(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The block as an operator of PyTorch; deterministic, because its seed is an operand.
+
+    Besides the output it returns what forward keeps for backward (`Call.statistics_shape`).
+    """
     *operands, seed = arguments[:6]
     options, variant = python_options(arguments[6:-1]), arguments[-1]
     call = validated(tuple(operands), options, variant)
     seed = _checked_seed(call.spec, seed, operands[0].device)
-    return forward(call, seed, tuple(operands))
+    statistics = new_statistics(call, operands[0])
+    out = forward(call, seed, tuple(operands), statistics)
+    nothing = out.new_empty((0,), dtype=torch.float32)
+    return out, nothing if statistics is None else statistics
 
 
 @block.register_fake
-def _(*arguments: Any) -> Tensor:
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     operands, options, variant = arguments[:5], python_options(arguments[6:-1]), arguments[-1]
-    batch, *sizes = operands[0].shape
+    x = operands[0]
+    batch, *sizes = x.shape
     known = batch if isinstance(batch, int) else 2  # what is valid for two samples is for more
-    spec = specified(operands, options, variant, (known, *sizes))
-    return operands[0].new_empty((batch, *spec.output_shape[1:]))
+    call = call_of(specified(operands, options, variant, (known, *sizes)), variant, x.device)
+    kept = call.statistics_shape
+    kept = kept if kept == (0,) else (2, batch, kept[2])
+    out = x.new_empty((batch, *call.spec.output_shape[1:]))
+    return out, x.new_empty(kept, dtype=torch.float32)
 
 
 @torch.library.custom_op(
     "numba_fused::block_backward",
     mutates_args=(),
-    schema=f"(Tensor grad_out, {OPERANDS}, {OPTIONS}, str variant, bool[] wanted) -> Tensor[]",
+    schema=f"(Tensor grad_out, Tensor statistics, {OPERANDS}, {OPTIONS}, str variant, "
+    "bool[] wanted) -> Tensor[]",
 )
 def block_backward(*arguments: Any) -> list[Tensor]:
     """The gradients of `block`'s operands that are `wanted`, contiguous."""
-    grad_out, *operands, seed = arguments[:7]
-    options, variant, wanted = python_options(arguments[7:-2]), arguments[-2], arguments[-1]
+    grad_out, statistics, *operands, seed = arguments[:8]
+    options, variant, wanted = python_options(arguments[8:-2]), arguments[-2], arguments[-1]
     call = validated(tuple(operands), options, variant)
     seed = _checked_seed(call.spec, seed, operands[0].device)
+    kept = statistics if statistics.numel() > 0 else None
     with autograd_in_operator():
-        each = gradients(call, seed, grad_out, tuple(operands), wanted, create_graph=False)
+        each = gradients(call, seed, kept, grad_out, tuple(operands), wanted, create_graph=False)
     return [gradient.contiguous() for gradient in each]
 
 
 @block_backward.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    operands, wanted = arguments[1:6], arguments[-1]
+    operands, wanted = arguments[2:7], arguments[-1]
     return [t.new_empty(t.shape) for t, want in zip(operands, wanted, strict=True) if want]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:6])
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, statistics = output
+    ctx.mark_non_differentiable(statistics)
+    ctx.save_for_backward(statistics, *inputs[:6])
     ctx.options = inputs[6:]
 
 
-def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad[:5]
     each = iter(block_backward(grad_out, *ctx.saved_tensors, *ctx.options, wanted))
     others = len(ctx.needs_input_grad) - len(wanted)
@@ -492,8 +540,7 @@ def validated(operands: Operands, options: Options, variant: str) -> Call:
     key = call_key(operands, (*options, variant))
     call = None if key is None else _calls.get(key)
     if call is None:
-        spec = specified(operands, options, variant)
-        call = Call(spec, rung_for(spec, variant, operands[0].device))
+        call = call_of(specified(operands, options, variant), variant, operands[0].device)
         if len(_calls) >= MOST_CALLS:
             _calls.clear()
         if key is not None:
@@ -501,6 +548,13 @@ def validated(operands: Operands, options: Options, variant: str) -> Call:
     if call.spec.constant is not None:
         warnings.warn(call.spec.degeneracy, DegenerateChainWarning, stacklevel=3)
     return call
+
+
+def call_of(spec: BlockSpec, variant: str, device: torch.device) -> Call:
+    """Who runs a call and who differentiates it."""
+    rung = rung_for(spec, variant, device)
+    in_torch = device.type == "cpu" or rung == "torch"
+    return Call(spec, rung, None if in_torch else plan.choose_backward(spec, device))
 
 
 def rung_for(spec: BlockSpec, variant: str, device: torch.device) -> str | None:

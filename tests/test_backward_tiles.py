@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ import numba_fused as nf
 from numba_fused import backward, ops
 from numba_fused.backward import tensor_core
 from numba_fused.backward.operands import Operands as CallOperands
+from numba_fused.backward.operands import Wanted
 from numba_fused.device.cubins import describe
 from numba_fused.ladder import tensor_cores
 from numba_fused.simulator import Simulator
@@ -189,6 +191,7 @@ def test_runs_of_samples_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     call = make("1-D, even kernel")
     found = gradients(call)
     monkeypatch.setattr(tensor_core, "MOST_DZ_BYTES", 1)
+    monkeypatch.setattr(tensor_core, "backward_plan", tensor_core.BackwardPlan)
     simulator = Simulator(check_races=False)
     assert bits(gradients(call, simulator=simulator)) == bits(found)
     assert launched(simulator).count("sums_kernel") == call[0].batch
@@ -205,29 +208,89 @@ def test_statistics_of_forward_are_used_where_given() -> None:
     assert "statistics_kernel" not in launched(simulator)
 
 
+@pytest.mark.parametrize(
+    ("case", "wanted", "has_statistics"),
+    [
+        ("2-D", ALL, False),
+        ("taps for two blocks", ALL, True),
+        ("kernel 1", (False, True, True, False, True), False),
+    ],
+)
+def test_ledger_is_what_the_simulator_counts(
+    case: str, wanted: Wanted, has_statistics: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within what tiny shapes add: whole sectors, records counted as atomics, overlapping tiles."""
+    monkeypatch.setattr(tensor_core, "MOST_DZ_BYTES", 1)  # a sample at a time
+    monkeypatch.setattr(tensor_core, "backward_plan", tensor_core.BackwardPlan)
+    call = make(case)
+    pairs = torch.ones(2, call[0].batch * call[0].num_groups)
+    statistics = {"mean": pairs[0], "rstd": pairs[1]} if has_statistics else {}
+    simulator = Simulator(count=True, check_races=False)
+    gradients(call, wanted=wanted, simulator=simulator, **statistics)
+    ledger = tensor_core.ledger(call[0], wanted, has_statistics=has_statistics)
+    assert len(simulator.launches) == ledger.launches
+    assert simulator.bytes_read == pytest.approx(ledger.bytes_read, rel=0.1)
+    assert simulator.bytes_written == pytest.approx(ledger.bytes_written, rel=0.1)
+
+
 # ---- through the public function ----------------------------------------------------------------
+
+
+CALL_OF = ops.call_of
+
+
+def differentiate(
+    variant: str,
+    backward_variant: str | None,
+    dtype: torch.dtype,
+    patch: pytest.MonkeyPatch,
+    **how: Any,
+) -> list[Tensor]:
+    """Gradients through the public function, as on a GPU; the kernels run in the simulator."""
+
+    def call_of(spec: BlockSpec, *_: Any) -> ops.Call:
+        return replace(CALL_OF(spec, variant, torch.device("cpu")), backward=backward_variant)
+
+    def block(*operands: Tensor) -> Tensor:
+        return nf.fused_conv_group_norm_min_clamp_dropout(
+            *operands, num_groups=2, seed=SEED, **BOUNDS, **TRAINING
+        )
+
+    patch.setattr(ops, "call_of", call_of)
+    patch.setattr(ops, "_calls", {})
+    x_shape, weight_shape, _ = CASES["kernel 1"]
+    operands = random_operands(x_shape, weight_shape)
+    leaves = [t.to(dtype).requires_grad_() for t in operands if t is not None]
+    run_block = torch.compile(block, **how) if how else block
+    return list(torch.autograd.grad(run_block(*leaves).float().square().sum(), leaves))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_autograd_takes_it(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU; here the kernels of the backward pass run in the simulator."""
-    x_shape, weight_shape, _ = CASES["kernel 1"]
-    leaves = [
-        t.to(dtype).requires_grad_()
-        for t in random_operands(x_shape, weight_shape)
-        if t is not None
-    ]
+    wanted = differentiate("auto", None, dtype, monkeypatch)
+    found = differentiate("auto", "tensor_core", dtype, monkeypatch)
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == dtype
+        torch.testing.assert_close(one, other)
 
-    def differentiate(variant: str | None) -> list[Tensor]:
-        monkeypatch.setattr(ops, "backward_for", lambda call, device: variant)
-        out = nf.fused_conv_group_norm_min_clamp_dropout(
-            *leaves, num_groups=2, seed=SEED, **BOUNDS, **TRAINING
-        )
-        return list(torch.autograd.grad(out.float().square().sum(), leaves))
 
-    for found, wanted in zip(differentiate("tensor_core"), differentiate(None), strict=True):
-        assert found.dtype == dtype
-        torch.testing.assert_close(found, wanted)
+def test_what_forward_keeps_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mean and rstd come from a forward rung that keeps them, in eager mode and compiled."""
+    wanted = differentiate("auto", None, torch.float32, monkeypatch)
+    given: list[Any] = []
+    honest = backward.run
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        given.append(options["mean"])
+        return honest(*arguments, **options)
+
+    monkeypatch.setattr(backward, "run", watched)
+    for how in ({}, {"backend": "aot_eager", "fullgraph": True}):
+        found = differentiate("split", "tensor_core", torch.float32, monkeypatch, **how)
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other)
+    differentiate("one_kernel", "tensor_core", torch.float32, monkeypatch)
+    assert [mean is not None for mean in given] == [True, True, False]
 
 
 # ---- limits -------------------------------------------------------------------------------------

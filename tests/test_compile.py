@@ -96,6 +96,7 @@ def _recorded(case: str, numbers: str) -> list[Launch]:
         gamma=vector,
         beta=vector,
         seed=seed,
+        statistics=torch.empty(0),
         out=torch.zeros(spec.output_shape, dtype=dtype).view(-1),
         threads_per_block=128,
     )
@@ -186,13 +187,6 @@ class H200:
 
 
 REGISTERS = 65_536  # of an SM
-# Of the 128 registers of a thread one to four are missing here: bytes stored, once a tile.
-SPILLS = {
-    ("split-apply_kernel-small-fp32", "sm_90a"): 8,
-    ("split-apply_kernel-odd-fp32", "sm_90a"): 8,
-    ("split-apply_kernel-small-fp32", "sm_80"): 16,
-    ("split-apply_kernel-quads-fp32", "sm_80"): 8,
-}
 # Tile kernels add up sums of a tile and of a group in fp64: conversions to it and back that their
 # source has. One more would be a stray one.
 DOUBLES = {
@@ -231,9 +225,7 @@ def test_machine_code(
     registers = re.search(r"Used (\d+) registers", report)
     assert memory, report
     assert registers, report
-    spilled = SPILLS.get((launch.id, architecture), 0)
-    assert [int(n) for n in memory.groups()[:2]] == [spilled, spilled], report
-    assert int(memory[3]) <= spilled, report
+    assert [int(n) for n in memory.groups()] == [0, 0, 0], report
     if bounds := launch.kernel.targetoptions.get("launch_bounds"):
         threads, blocks = bounds if isinstance(bounds, tuple) else (bounds, 1)
         assert int(registers[1]) * threads * blocks <= REGISTERS

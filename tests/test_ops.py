@@ -102,7 +102,7 @@ def operator_arguments(case: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any,
     caught: list[tuple[Any, ...]] = []
     with monkeypatch.context() as patch:
         patch.setattr(ops, "is_followed", lambda operands: True)
-        patch.setattr(ops, "block", lambda *arguments: caught.append(arguments))
+        patch.setattr(ops, "block", lambda *arguments: (caught.append(arguments), None))
         groups = {"groups": x_shape[1] // weight_shape[1]}
         call(*operands, seed=3, **groups | changes)
     return caught[0]
@@ -121,9 +121,10 @@ def test_opcheck_of_the_backward(case: str, monkeypatch: pytest.MonkeyPatch) -> 
     arguments = operator_arguments(case, monkeypatch)
     present = [t is not None for t in arguments[:5]]
     without_x = [False, *present[1:]]
-    grad_out = torch.randn_like(ops.block(*arguments))
+    out, statistics = ops.block(*arguments)
+    grad_out = torch.randn_like(out)
     for wanted in (present, without_x):
-        torch.library.opcheck(ops.block_backward, (grad_out, *arguments, wanted))
+        torch.library.opcheck(ops.block_backward, (grad_out, statistics, *arguments, wanted))
 
 
 def test_strided_operands_have_contiguous_results(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,8 +133,8 @@ def test_strided_operands_have_contiguous_results(monkeypatch: pytest.MonkeyPatc
     options = operator_arguments("2-D", monkeypatch)[6:]
     x = x.to(memory_format=torch.channels_last)
     assert not x.is_contiguous()
-    out = ops.block(x, *others, seed, *options)
-    grads = ops.block_backward(out, x, *others, seed, *options, [True] * 5)
+    out, kept = ops.block(x, *others, seed, *options)
+    grads = ops.block_backward(out, kept, x, *others, seed, *options, [True] * 5)
     assert all(t.is_contiguous() for t in (out, *grads))
 
 

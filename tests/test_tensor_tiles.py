@@ -421,6 +421,24 @@ def unaligned(t: torch.Tensor) -> torch.Tensor:
     return view
 
 
+@pytest.mark.parametrize("rung", ["tensor_core", "split", "pipelined"])
+def test_mean_and_rstd_are_kept_for_whom_it_concerns(
+    rung: str, limits: Callable[..., None]
+) -> None:
+    """Of every (sample, group), each with channels in two tiles; asking changes no bit."""
+    limits(MOST_WARPS=1)
+    operands = random_operands((2, 2, 4, 5), (48, 2, 2, 2))
+    spec = spec_of(rung, operands, num_groups=2, **TRAINING)
+    statistics = torch.full((2, spec.batch, spec.num_groups), torch.nan)
+    out = ladder.run(rung, *operands, spec=spec, seed=SEED, statistics=statistics)
+    assert bits(out) == bits(ladder.run(rung, *operands, spec=spec, seed=SEED))
+    x, weight, bias, *_ = operands.to(torch.float64)
+    z = torch.nn.functional.conv2d(x, weight, bias).view(spec.batch, spec.num_groups, -1)
+    variance, mean = torch.var_mean(z, dim=2, correction=0)
+    exact = torch.stack([mean, (variance + spec.eps).rsqrt()]).float()
+    torch.testing.assert_close(statistics, exact, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("rung", "store"),
     [("tensor_core", "whole rows"), *(("pipelined", store) for store in STORES)],

@@ -108,23 +108,16 @@ def chain_kernels(shape: TileShape) -> ChainKernels:
         publish_sums(acc, scratch, bias, moments, place)
 
     @cuda.jit(launch_bounds=bounds_of_launch)
-    def pool_kernel(scratch, eps, mean, rstd):
-        """Mean and rstd of each group, (N * G,): the channels of one tile of a sample a block."""
+    def pool_kernel(scratch, eps, kept):
+        """Mean and rstd of each group, (2, N, G): the channels of one tile of a sample a block."""
         statistics = cuda.shared.array(statistics_shape, float32)
         place = cuda.shared.array(PLACE_SIZE, int32)
         n, channel_tile = divide(int32(cuda.blockIdx.x), channel_tiles)
         if cuda.threadIdx.x == 0:
             place[SAMPLE], place[CHANNEL_TILE] = n, channel_tile
+            place[PLANE], place[ROW], place[COLUMN] = 0, 0, 0
         cuda.syncthreads()
-        pool_statistics(scratch, eps, statistics, place)
-        first_k = int32(channel_tile * tile_channels)
-        c = int32(cuda.threadIdx.x)
-        while c < tile_channels and first_k + c < out_channels:
-            group, of_group = divide(int32(first_k + c), group_channels)
-            if of_group == 0:
-                mean[n * group_count + group] = statistics[0, c]
-                rstd[n * group_count + group] = statistics[1, c]
-            c = int32(c + threads)
+        pool_statistics(scratch, eps, statistics, kept, place)
 
     # ---- what the two passes share --------------------------------------------------------------
 

@@ -20,6 +20,7 @@ Bytes:  with E the bytes of grad_out: x for the statistics; x + E for the sums; 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,6 +54,7 @@ from numba_fused.backward.weight_gradient import THREADS as WEIGHT_THREADS
 from numba_fused.device.reductions import WARP
 from numba_fused.device.tensor_tile import power_of_two
 from numba_fused.device.tile_shape import CHANNELS
+from numba_fused.ladder.rung import Ledger, seed_bytes, vector_bytes
 from numba_fused.ladder.tensor_cores import (
     LARGEST_SHARED_BYTES,
     LEAST_CAPABILITY,
@@ -60,6 +62,7 @@ from numba_fused.ladder.tensor_cores import (
     TilePlan,
     prepare,
     tile_limit,
+    tile_plan,
     tile_shape,
 )
 from numba_fused.spec import BlockSpec
@@ -161,6 +164,9 @@ class BackwardPlan:
         self.input_tile = InputTile(shape, -(-shape.in_size[0] // splits))
 
 
+backward_plan = lru_cache(maxsize=1024)(BackwardPlan)
+
+
 def gradients(
     launch: Launcher,
     operands: Operands,
@@ -194,7 +200,7 @@ class Backward:
         tiles, self.scratch = prepare(
             launch, spec, kind(spec), operands.x, operands.weight, operands.grad_out
         )
-        self.plan = plan = BackwardPlan(spec, tiles)
+        self.plan = plan = backward_plan(spec, tiles)
         self.shape = tiles.shape
         self.mean, self.rstd = statistics or self.group_statistics()
 
@@ -267,7 +273,7 @@ class Backward:
     def group_statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and rstd of each (sample, group)."""
         operands, batch = self.operands, self.operands.spec.batch
-        mean, rstd = (self.floats(operands.arguments.group_count) for _ in range(2))
+        kept = self.floats(2 * operands.arguments.group_count)
         self.launch_tiles(self.plan.kernels.statistics, batch)
         self.launch(
             self.plan.kernels.pool,
@@ -275,9 +281,9 @@ class Backward:
             self.shape.threads,
             self.scratch,
             operands.arguments.eps,
-            mean,
-            rstd,
+            kept,
         )
+        mean, rstd = kept.chunk(2)
         return mean, rstd
 
     def sums(self, first: int, samples: int) -> None:
@@ -411,3 +417,60 @@ class Backward:
             np.int32(first),
             shared_bytes=tile.shared_bytes,
         )
+
+
+# ---- the ledger ---------------------------------------------------------------------------------
+
+
+def ledger(spec: BlockSpec, wanted: Wanted, *, has_statistics: bool) -> Ledger:
+    """See the lesson; besides, the small change that kernels hand each other.
+
+    Each run of samples reads the parameters again, and each group of taps x and dz.
+    """
+    if not any(wanted):
+        return Ledger(0, 0, 0)
+    plan = backward_plan(spec, tile_plan(spec, kind(spec)))
+    shape, weight_tile, input_tile = plan.tiles.shape, plan.weight_tile, plan.input_tile
+    batch, runs = spec.batch, -(-spec.batch // plan.samples)
+    vector, weight = vector_bytes(spec), math.prod(spec.weight_shape) * spec.itemsize
+    pairs = 2 * batch * spec.num_groups * spec.itemsize
+    packed, factors = 4 * shape.unscale_at, vector
+    planes = batch * vector  # a number for each (sample, channel)
+    records, sums = planes * plan.tile_positions, 4 * int(plan.tiles.record_words)
+    passes = 8 * batch * shape.tiles_per_sample * shape.threads
+    dz = 4 * batch * plan.sample_words * (2 if shape.split else 1)
+    convolving = spec.x_bytes + runs * (packed + factors + vector)
+    scales = 8 * batch
+
+    kernels = [(2 * weight, packed + 4 * (shape.records_at - shape.unscale_at))]
+    launches = 1
+    if not has_statistics:
+        kernels += [(spec.x_bytes + packed + factors + vector, sums), (sums, pairs)]
+        launches += 2
+    of_tiles = convolving + spec.output_bytes + pairs
+    kernels.append(
+        (of_tiles + runs * (2 * vector + seed_bytes(spec)), RECORD_VALUES * records + passes)
+    )
+    kernels.append(
+        (RECORD_VALUES * records + pairs // 2 + runs * vector, 2 * planes + 4 * planes + scales)
+    )
+    launches += 2 * runs
+    if any(wanted[:3]):
+        kernels.append((of_tiles + 3 * planes + passes, dz + records))
+        launches += runs
+    if wanted[0]:
+        turned, unscale = 4 * input_tile.packed_words, 4 * input_tile.rows
+        kernels.append((weight, turned + 4 * CHANNELS * input_tile.row_groups))
+        kernels.append((dz + scales // 2 + runs * (turned + unscale), spec.x_bytes))
+        launches += 1 + runs
+    if wanted[1]:
+        partial = batch * weight_tile.parts * weight
+        kernels.append((weight_tile.tap_groups * (spec.x_bytes + dz) + scales // 2, partial))
+        kernels.append((partial + scales, weight))
+        launches += 1 + runs
+    if wanted[2]:
+        kernels.append((records + scales // 2, vector))
+    kernels += [(planes, vector)] * sum(wanted[3:])
+    launches += sum(wanted[2:])
+    read, written = map(sum, zip(*kernels, strict=True))
+    return Ledger(read, written, launches)

@@ -40,7 +40,7 @@ MOST_COLUMNS = 64
 STEP = 16  # positions of one matrix instruction
 TAPS = 8  # taps of one matrix instruction
 MOST_INSTRUCTIONS = 12  # of a step: their sums are 4 registers each
-PLANES_PER_PART = 2
+PLANES_PER_PART = 1
 SUM_WARPS = 16
 SUMS_SHAPE, TOTALS_SHAPE = (WARPS, 4 * WARP), (SUM_WARPS, WARP)
 

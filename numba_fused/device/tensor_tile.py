@@ -145,7 +145,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
 
     record_channels, records = shape.record_channels, shape.records
     record_entries = record_channels * spatial_warps
-    group_channels = shape.group_channels
+    group_channels, group_count = shape.group_channels, out_channels // shape.group_channels
     group_records = group_channels // record_channels
     tile_positions = out_d * row_tiles * column_tiles
     group_entries = group_records * tile_positions
@@ -541,10 +541,19 @@ def tile_functions(shape: TileShape) -> TileFunctions:
         return value
 
     @cuda.jit(device=True)
-    def group_statistics(scratch, eps, statistics, place):
+    def keep_statistics(kept, mean, rstd, group, place):
+        """Write mean and rstd of a group to memory, for the first tile of its first channel."""
+        starts_here = group * group_channels >= place[CHANNEL_TILE] * tile_channels
+        if starts_here and tile_position(place) == 0:
+            at = int64(place[SAMPLE]) * group_count + group
+            kept[uint64(at)], kept[uint64(at + kept.size // 2)] = mean, rstd
+
+    @cuda.jit(device=True)
+    def group_statistics(scratch, eps, statistics, kept, place):
         """Mean and rstd of the tile's channels' groups: a warp pools the records of a group.
 
-        Records that are not there yet are waited for.
+        Records that are not there yet are waited for. `kept`, (2, N, G) or empty, takes what a
+        backward pass will want to know.
         """
         found = cuda.local.array(found_values, float64)
         first_k = int32(place[CHANNEL_TILE] * tile_channels)
@@ -578,11 +587,13 @@ def tile_functions(shape: TileShape) -> TileFunctions:
             variance = shuffled_sum(squares, WARP) * share_of_group - mean * mean
             if variance < 0:  # of equal values, by rounding
                 variance = float64(0)
-            rstd = float32(1) / math.sqrt(float32(variance) + eps)
+            centre, rstd = float32(mean), float32(1) / math.sqrt(float32(variance) + eps)
+            if kept.size > 0 and ptx.lane_index() == 0:
+                keep_statistics(kept, centre, rstd, group, place)
             c = int32(max(int32(group * group_channels), first_k) - first_k + ptx.lane_index())
             end = min(int32((group + 1) * group_channels - first_k), tile_channels)
             while c < end:
-                statistics[0, c], statistics[1, c] = float32(mean), rstd
+                statistics[0, c], statistics[1, c] = centre, rstd
                 c = int32(c + WARP)
             group = int32(group + warps)
         cuda.syncthreads()

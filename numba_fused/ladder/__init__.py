@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -141,6 +141,7 @@ def run(
     spec: BlockSpec,
     seed: int | Tensor | None,
     out: Tensor | None = None,
+    statistics: Tensor | None = None,
     threads_per_block: int = DEFAULT_THREADS_PER_BLOCK,
     simulator: Simulator | None = None,
 ) -> Tensor:
@@ -159,6 +160,9 @@ def run(
         The mask's seed; None draws one from torch's generator.
     out : Tensor, optional
         Contiguous, of ``spec.output_shape``; allocated if not given. Every element is written.
+    statistics : Tensor, optional
+        (2, N, num_groups) fp32, contiguous: takes mean and rstd of each (sample, group), from a
+        rung with `Rung.keeps_statistics`; others leave it alone.
     threads_per_block : int
         A multiple of 32, from 32 to 1024. Rung ``torch`` uses it for the mask only.
     simulator : Simulator, optional
@@ -174,9 +178,10 @@ def run(
     ValueError
         Unknown rung, a shape or a GPU it cannot run on, or a bad `threads_per_block`.
     """
-    bound = _bound.get((name, id(spec), x.device, threads_per_block))
+    key = name, id(spec), x.device, threads_per_block, statistics is not None
+    bound = _bound.get(key)
     if bound is None:
-        bound = bind(name, spec, x.device, threads_per_block)
+        bound = bind(spec, key)
     if out is None:
         out = x.new_empty(bound.output_shape)  # faster than to name dtype and device
     if bound.empty:
@@ -187,7 +192,9 @@ def run(
     # Nothing is drawn from torch's generator unless the mask is.
     drawn = seed_tensor(seed, x.device) if bound.draws else _neutral(0, 1, torch.int64, x.device)
     launch = launcher_for(x.device, simulator)
-    bound.forward(launch, (x, weight, bias, gamma, beta, drawn, out))
+    if statistics is None:
+        statistics = _neutral(0.0, 0, torch.float32, x.device)
+    bound.forward(launch, (x, weight, bias, gamma, beta, drawn, statistics, out))
     return out
 
 
@@ -210,18 +217,21 @@ class Bound:
         self.forward = Repeated(rung, spec, threads_per_block)
 
 
-# By the spec's id, which is faster than its hash, and to which 0.0 and -0.0 are different bounds;
-# the entry refers to the spec, so no other object can come to have its id.
-_bound: dict[tuple[str, int, torch.device, int], Bound] = {}
+# Name, the spec's id, device, threads_per_block, and whether statistics are kept. The id is faster
+# than the spec's hash, and to it 0.0 and -0.0 are different bounds; the entry refers to the spec,
+# so no other object can come to have its id.
+Key: TypeAlias = tuple[str, int, torch.device, int, bool]
+_bound: dict[Key, Bound] = {}
 MOST_BOUND = 1024
 
 
-def bind(name: str, spec: BlockSpec, device: torch.device, threads_per_block: int) -> Bound:
+def bind(spec: BlockSpec, key: Key) -> Bound:
     """Check that a rung can run, and remember it."""
+    name, _, device, threads_per_block, _ = key
     bound = Bound(name, spec, device, threads_per_block)
     if len(_bound) >= MOST_BOUND:
         _bound.clear()
-    _bound[name, id(spec), device, threads_per_block] = bound
+    _bound[key] = bound
     return bound
 
 

@@ -36,9 +36,9 @@ ALLOCATIONS = {
     torch.ops.aten.new_empty.default,
 }
 # Of `Operands`, in the order in which `Repeated` takes them.
-TENSORS = ("x", "weight", "bias", "gamma", "beta", "seed", "out")
+TENSORS = ("x", "weight", "bias", "gamma", "beta", "seed", "statistics", "out")
 SCRATCH = len(TENSORS)
-Tensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Tensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class Place(NamedTuple):
@@ -106,13 +106,13 @@ def plain_addresses(tensors: Tensors) -> list[int] | None:
     """Addresses of the tensors; None if a rung might launch something else for these.
 
     Kernels take contiguous tensors. A rung may choose them by the alignment of any tensor but
-    the seed, of which they read one word.
+    the seed and the statistics, which they access word by word.
     """
     x, weight, *_, out = tensors
     if not (x.is_contiguous() and weight.is_contiguous() and out.is_contiguous()):
         return None
     addresses = [tensor.data_ptr() for tensor in tensors]
-    of_x, of_weight, of_bias, of_gamma, of_beta, _, of_out = addresses
+    of_x, of_weight, of_bias, of_gamma, of_beta, _, _, of_out = addresses
     together = of_x | of_weight | of_bias | of_gamma | of_beta | of_out
     return None if together % ALIGNMENT else addresses
 

@@ -149,6 +149,9 @@ class Operands:
         (K,); zeros, ones, zeros where the caller has none.
     seed : Tensor
         (1,) int64; read only when the spec draws.
+    statistics : Tensor
+        Flat, of (2, N, G): takes mean and rstd of each group, if it is not empty and the rung
+        is one that keeps them.
     out : Tensor
         Flat, K * D * H * W values a sample; the values of a (sample, group) are consecutive.
     threads_per_block : int
@@ -161,6 +164,7 @@ class Operands:
     gamma: Tensor
     beta: Tensor
     seed: Tensor
+    statistics: Tensor
     out: Tensor
     threads_per_block: int
     _arguments: LaunchArguments = field(init=False, repr=False)
@@ -232,8 +236,8 @@ class Rung:
     idea : str
         The first line of the module's docstring.
     module : module
-        Holds `forward` and `ledger`; also `limit` if there are shapes it cannot run, and
-        `least_capability` if it needs more than any GPU has.
+        Holds `forward` and `ledger`; also `limit` if there are shapes it cannot run,
+        `least_capability` if it needs more than any GPU has, and `keeps_statistics` if it can.
     takes_threads_per_block : bool
         Whether the block size is a free axis.
     """
@@ -256,6 +260,11 @@ class Rung:
         """Why the rung cannot run `spec`, or None if it can."""
         limit = getattr(self.module, "limit", None)
         return once(limit, spec) if limit else None
+
+    @property
+    def keeps_statistics(self) -> bool:
+        """Whether the rung writes the groups' mean and rstd where it is given memory for them."""
+        return getattr(self.module, "keeps_statistics", False)
 
     @property
     def least_capability(self) -> tuple[int, int]:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from numba_fused.device.launch import Launcher
 
 least_capability = LEAST_CAPABILITY
+keeps_statistics = True
 KIND = TileKind(values_per_word=1, split=False, one_pass=False)
 
 
@@ -66,14 +67,14 @@ def kernels(shape: TileShape) -> tuple[Any, Any]:
         publish_sums(acc, scratch, bias, moments, place)
 
     @cuda.jit(launch_bounds=bounds_of_launch)
-    def apply_kernel(x, scratch, bias, gamma, beta, out, eps, bounds, seed, dropout):
+    def apply_kernel(x, scratch, bias, gamma, beta, kept, out, eps, bounds, seed, dropout):
         """Convolve again, pool the moments of the tile's groups, and finish."""
         memory = cuda.shared.array(0, float32)
         statistics = cuda.shared.array(statistics_shape, float32)
         place = cuda.shared.array(PLACE_SIZE, int32)
         acc = cuda.local.array(ACCUMULATORS, float32)
         convolve(acc, x, scratch, int32(cuda.blockIdx.x), place)
-        group_statistics(scratch, eps, statistics, place)
+        group_statistics(scratch, eps, statistics, kept, place)
         finish(acc, scratch, bias, gamma, beta, statistics, place, bounds, seed, dropout)
         cuda.syncthreads()  # others may still read the words where the output is staged
         store(acc, memory, out, place)
@@ -111,6 +112,7 @@ def two_passes(launch: Launcher, operands: Operands, kind: TileKind) -> None:
         operands.bias,
         operands.gamma,
         operands.beta,
+        operands.statistics,
         out,
         operands.eps,
         plan.bounds,

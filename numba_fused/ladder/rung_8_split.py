@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from numba_fused.device.launch import Launcher
 
 least_capability = LEAST_CAPABILITY
+keeps_statistics = True
 
 
 def kind(spec: BlockSpec) -> TileKind:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from numba_fused.device.launch import Launcher
 
 least_capability = LEAST_CAPABILITY
+keeps_statistics = True
 H200_PROCESSORS = 132
 
 
@@ -64,7 +65,7 @@ def kernel(shape: TileShape) -> Any:
     bounds_of_launch = (shape.threads, shape.blocks_per_processor)
 
     @cuda.jit(launch_bounds=bounds_of_launch)
-    def pipelined(x, scratch, bias, gamma, beta, out, eps, tiles, bounds, seed, dropout):
+    def pipelined(x, scratch, bias, gamma, beta, kept, out, eps, tiles, bounds, seed, dropout):
         """Tiles ``blockIdx.x``, ``blockIdx.x + gridDim.x`` ... from convolution to output."""
         words, memory = cuda.shared.array(0, uint32), cuda.shared.array(0, float32)
         staged_input = memory[staged_input_at:]
@@ -89,7 +90,7 @@ def kernel(shape: TileShape) -> Any:
             publish_sums(acc, scratch, bias, moments, place)
             if next_place[TILE] < tiles:
                 stage_input(x, staged_input, next_place, 0)
-            group_statistics(scratch, eps, statistics, place)
+            group_statistics(scratch, eps, statistics, kept, place)
             finish(acc, scratch, bias, gamma, beta, statistics, place, bounds, seed, dropout)
             store(acc, memory, out, place)
             cuda.syncthreads()  # others read `place`
@@ -131,6 +132,7 @@ def forward(launch: Launcher, operands: Operands) -> None:
         operands.bias,
         operands.gamma,
         operands.beta,
+        operands.statistics,
         out,
         operands.eps,
         plan.tiles,
