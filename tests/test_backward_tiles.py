@@ -319,7 +319,7 @@ def test_limits_are_told(
 
 def test_an_unknown_variant_is_refused() -> None:
     with pytest.raises(
-        ValueError, match="unknown backward variant 'quick': use one of clear, tens"
+        ValueError, match="unknown backward variant 'quick': use one of clear, "
     ):
         run(*make("kernel 1"), variant="quick")
 

@@ -56,11 +56,11 @@ from numba_fused.device.tensor_tile import power_of_two
 from numba_fused.device.tile_shape import CHANNELS
 from numba_fused.ladder.rung import Ledger, seed_bytes, vector_bytes
 from numba_fused.ladder.tensor_cores import (
-    LARGEST_SHARED_BYTES,
     LEAST_CAPABILITY,
     TileKind,
     TilePlan,
     prepare,
+    processor_shared_bytes,
     tile_limit,
     tile_plan,
     tile_shape,
@@ -74,6 +74,7 @@ least_capability = LEAST_CAPABILITY
 MOST_DZ_BYTES = 128 * 2**20  # of a run of samples
 MOST_CHANNELS = 1024  # of the output, whose sums `means_kernel` holds in shared memory
 ENOUGH_BLOCKS = 2 * 132  # a GPU's processors should have two each
+OTHER_SHARED_BYTES = 8 * 1024  # what the system takes, and arrays of fixed size
 ORIGINAL = (1, 1, 1)
 SUM_THREADS = 256
 
@@ -101,11 +102,11 @@ def limit(spec: BlockSpec) -> str | None:
             f"in_channels * kernel depth is {tile.rows}, and registers hold "
             f"{MOST_ROW_GROUPS * CHANNELS}"
         )
-    needed = max(tile.shared_bytes, WeightTile(shape).shared_bytes)
-    if needed > LARGEST_SHARED_BYTES:
+    needed = max(tile.shared_bytes, WeightTile(shape).shared_bytes) + OTHER_SHARED_BYTES
+    if needed > processor_shared_bytes():
         return (
-            f"its tiles need {needed // 1024} KB of shared memory, and there are "
-            f"{LARGEST_SHARED_BYTES // 1024}"
+            f"its tiles need {needed // 1024} KB of shared memory, and an SM has "
+            f"{processor_shared_bytes() // 1024}"
         )
     return None
 

@@ -9,9 +9,10 @@ sums of all taps stay in registers for as many positions as a block gets, so dz 
 nothing is written in between. dz lies in memory channels last (`chain_tiles`) and A wants it
 positions last: ``ldmatrix`` transposes it on the way to registers. B wants two neighbouring x in a
 word, from an even column on for taps at even places and from an odd one for others: the words of a
-row are laid out twice.
+row are laid out twice. A block walks along d, so that of the planes of x under a tile all but one
+are there already: they take turns in as many slots as the kernel is deep.
 
-Launch: a block for each (part of a sample, 16 channels, group of taps); each leaves its sums, which
+Launch: a block for each (rows of a sample, 16 channels, group of taps); each leaves its sums, which
         a second kernel adds up in a fixed order and rids of their scales.
 Shapes: x (N, C, D, H, W), dz of a run of samples, partial (parts, K, taps), dweight flat.
 Bytes:  dz and x once for each group of taps, of which narrow convolutions have one.
@@ -40,7 +41,7 @@ MOST_COLUMNS = 64
 STEP = 16  # positions of one matrix instruction
 TAPS = 8  # taps of one matrix instruction
 MOST_INSTRUCTIONS = 12  # of a step: their sums are 4 registers each
-PLANES_PER_PART = 1
+TILES_PER_PART = 8  # at least, along d and h: adding up the warps' sums takes time, too
 SUM_WARPS = 16
 SUMS_SHAPE, TOTALS_SHAPE = (WARPS, 4 * WARP), (SUM_WARPS, WARP)
 
@@ -73,13 +74,13 @@ class WeightTile:
         return -(-self.taps // (TAPS * self.tap_groups))
 
     @property
-    def sources(self) -> int:
-        """(Input channel, tap along d) pairs that a group of taps may touch."""
-        kernel_plane = self.shape.kernel_size[1] * self.shape.kernel_size[2]
-        all_sources = self.taps // kernel_plane
+    def channels(self) -> int:
+        """Input channels that a group of taps may touch."""
         if self.tap_groups == 1:
-            return all_sources
-        return min(all_sources, (self.instructions * TAPS - 2) // kernel_plane + 2)
+            return self.shape.in_channels
+        taps_of_channel = math.prod(self.shape.kernel_size)
+        touched = (self.instructions * TAPS - 2) // taps_of_channel + 2
+        return min(self.shape.in_channels, touched)
 
     @property
     def columns(self) -> int:
@@ -97,9 +98,14 @@ class WeightTile:
         return ROWS + self.shape.kernel_size[1] - 1
 
     @property
+    def slot_words(self) -> int:
+        """Words of a staged plane of x: every row twice, from even and from odd columns on."""
+        return self.channels * self.in_rows * 2 * self.row_words
+
+    @property
     def x_words(self) -> int:
-        """Words of the staged x: every row twice, from even and from odd columns on."""
-        return round_up(self.sources * self.in_rows * 2 * self.row_words, 4)
+        """Words of the staged x: a plane for each tap along d."""
+        return round_up(self.shape.kernel_size[0] * self.slot_words, 4)
 
     @property
     def dz_words(self) -> int:
@@ -112,9 +118,14 @@ class WeightTile:
         return 4 * (self.x_words + self.dz_words) * (2 if self.shape.split else 1)
 
     @property
+    def row_tiles(self) -> int:
+        """Tiles along h of a block."""
+        return -(-TILES_PER_PART // self.shape.out_size[0])
+
+    @property
     def parts(self) -> int:
-        """Blocks that share the planes of a sample."""
-        return -(-self.shape.out_size[0] // PLANES_PER_PART)
+        """Blocks that share the rows of a sample."""
+        return -(-self.shape.out_size[1] // (ROWS * self.row_tiles))
 
     def blocks(self, samples: int) -> int:
         """Blocks for some samples."""
@@ -128,46 +139,50 @@ def weight_gradient_kernel(tile: WeightTile) -> Any:
     in_channels, out_channels, split = shape.in_channels, shape.out_channels, shape.split
     in_d, in_h, in_w = shape.in_size
     out_d, out_h, out_w = shape.out_size
-    _, kernel_h, kernel_w = shape.kernel_size
-    kernel_d = shape.kernel_size[0]
-    kernel_plane = kernel_h * kernel_w
+    kernel_d, kernel_h, kernel_w = shape.kernel_size
+    kernel_plane, kernel_volume = kernel_h * kernel_w, math.prod(shape.kernel_size)
     padding_d, padding_h, padding_w = shape.padding
     taps, tap_groups, instructions = tile.taps, tile.tap_groups, tile.instructions
     channel_groups, parts = shape.packed_tiles, tile.parts
     position_words = POSITION_WORDS * channel_groups
-    sources, in_rows, columns, row_words = tile.sources, tile.in_rows, tile.columns, tile.row_words
+    channels, slot_words, part_rows = tile.channels, tile.slot_words, ROWS * tile.row_tiles
+    in_rows, columns, row_words = tile.in_rows, tile.columns, tile.row_words
     x_words, dz_words = tile.x_words, tile.dz_words
     dz_at, rest_at = x_words, x_words + dz_words
     low_words = x_words + 2 * dz_words  # x's second halves lie behind both sets of dz
     steps_per_row, accumulators = columns // STEP, 4 * instructions
-    all_sources = in_channels * kernel_d
+    ring_words = kernel_d * slot_words
 
     @cuda.jit(device=True)
-    def value_at(x, sample, source, plane, h, w):
-        """Value of x, zero outside; `source` is a (channel, tap along d) pair."""
-        c, tap_d = divide(source, kernel_d)
-        d = int32(plane + tap_d - padding_d)
-        inside = uint32(d) < uint32(in_d) and uint32(h) < uint32(in_h) and uint32(w) < uint32(in_w)
+    def value_at(x, row, inside, w):
+        """Value of x in a row, zero outside."""
         value = float32(0)
-        if inside and source < all_sources:
-            row = int32(int32(int32(c * in_d + d) * in_h + h) * in_w + w)
-            value = x[uint64(sample + row)]
+        if inside and uint32(w) < uint32(in_w):
+            value = x[uint64(row + w)]
         return value
 
     @cuda.jit(device=True)
-    def stage_x(x, words, sample, first_source, place, scale):
-        """Lay out the tile of x in halves, each row from its even and from its odd columns on."""
+    def stage_x(x, words, sample, first_channel, place, scale):
+        """Lay out a plane of x in halves, each row from its even and from its odd columns on.
+
+        It is the last plane under the tile; those before it have been laid out already.
+        """
         plane, first_h, first_w = place
+        d = int32(plane + kernel_d - 1 - padding_d)
+        slot = int32(int32(plane + kernel_d - 1) % kernel_d)
         item = int32(ptx.thread_index())
-        while item < sources * in_rows * row_words:
+        while item < channels * in_rows * row_words:
             rest, i = divide(item, row_words)
-            source, row = divide(rest, in_rows)
+            channel, row = divide(rest, in_rows)
+            channel = int32(first_channel + channel)
             h, w = int32(first_h - padding_h + row), int32(first_w - padding_w + 2 * i)
-            source = int32(first_source + source)
-            a = value_at(x, sample, source, plane, h, w) * scale
-            b = value_at(x, sample, source, plane, h, int32(w + 1)) * scale
-            c = value_at(x, sample, source, plane, h, int32(w + 2)) * scale
-            target = uint64(int32(rest * (2 * row_words) + i))
+            inside = uint32(d) < uint32(in_d) and uint32(h) < uint32(in_h)
+            inside = inside and channel < in_channels
+            first = sample + int32(int32(int32(channel * in_d + d) * in_h + h) * in_w)
+            a = value_at(x, first, inside, w) * scale
+            b = value_at(x, first, inside, int32(w + 1)) * scale
+            c = value_at(x, first, inside, int32(w + 2)) * scale
+            target = uint64(int32(slot * slot_words + rest * (2 * row_words) + i))
             if split:
                 even, even_rest = ptx.split_halves(a, b)
                 odd, odd_rest = ptx.split_halves(b, c)
@@ -203,13 +218,17 @@ def weight_gradient_kernel(tile: WeightTile) -> Any:
 
     @cuda.jit(device=True)
     def tap_offset(first_tap, i):
-        """Words from a row of the first source to that under this lane's tap of instruction i."""
+        """Words from the first staged row to that under this lane's tap of instruction i.
+
+        Over the output's plane 0, where slots and taps along d agree.
+        """
         tap = min(int32(first_tap + TAPS * i + int32(ptx.lane_index()) // 4), int32(taps - 1))
-        source, of_plane = divide(tap, kernel_plane)
+        channel, of_channel = divide(tap, kernel_volume)
+        slot, of_plane = divide(of_channel, kernel_plane)
         row, column = divide(of_plane, kernel_w)
-        source = int32(source - first_tap // kernel_plane)
-        words = int32(int32(int32(source * in_rows + row) * 2 + column % 2) * row_words)
-        return int32(words + column // 2)
+        channel = int32(channel - first_tap // kernel_volume)
+        words = int32(int32(int32(channel * in_rows + row) * 2 + column % 2) * row_words)
+        return int32(slot * slot_words + words + column // 2)
 
     @cuda.jit(device=True)
     def multiply(acc, i, a, b0, b1):
@@ -259,27 +278,37 @@ def weight_gradient_kernel(tile: WeightTile) -> Any:
         n = int32(first_sample + sample)
         x_sample = int64(n) * (in_channels * in_d * in_h * in_w)
         first_tap = int32(tap_group * (TAPS * instructions))
-        first_source = int32(first_tap // kernel_plane)
+        first_channel = int32(first_tap // kernel_volume)
         scale = power_of_two(scales[2 * n + 1])
-        for i in range(4 * instructions):
+        for i in range(accumulators):
             acc[i] = float32(0)
-        for i in range(instructions):
-            offsets[i] = tap_offset(first_tap, i)
-        plane = int32(part_of_sample * PLANES_PER_PART)
-        stop = min(int32(plane + PLANES_PER_PART), int32(out_d))
-        while plane < stop:
-            for h in range(0, out_h, ROWS):
-                for w in range(0, out_w, columns):
-                    cuda.syncthreads()  # the tile before has been read
-                    place = plane, int32(h), int32(w)
+        h = int32(part_of_sample * part_rows)
+        stop = min(int32(h + part_rows), int32(out_h))
+        while h < stop:
+            for w in range(0, out_w, columns):
+                for i in range(instructions):
+                    offsets[i] = tap_offset(first_tap, i)
+                cuda.syncthreads()  # the tile before has been read
+                for before in range(1 - kernel_d, 0):
+                    place = int32(before), h, int32(w)
+                    stage_x(x, words, x_sample, first_channel, place, scale)
+                plane = int32(0)
+                while plane < out_d:
+                    place = plane, h, int32(w)
                     stage_dz(dz, words, dz_at, sample, channel_group, place)
                     if split:
                         stage_dz(rest, words, rest_at, sample, channel_group, place)
-                    stage_x(x, words, x_sample, first_source, place, scale)
+                    stage_x(x, words, x_sample, first_channel, place, scale)
                     ptx.wait_for_copies()
                     cuda.syncthreads()
                     add_tile(acc, words, offsets, int32(out_h - h))
-            plane = int32(plane + 1)
+                    for i in range(instructions):  # its plane of x is in the next slot
+                        offsets[i] = int32(offsets[i] + slot_words)
+                        if offsets[i] >= ring_words:
+                            offsets[i] = int32(offsets[i] - ring_words)
+                    plane = int32(plane + 1)
+                    cuda.syncthreads()
+            h = int32(h + ROWS)
 
         lane, warp = int32(ptx.lane_index()), int32(ptx.thread_index() // WARP)
         for i in range(instructions):
