@@ -163,9 +163,8 @@ def fused_conv_group_norm_min_clamp_dropout(
     Notes
     -----
     Differentiable in x, weight, bias, gamma and beta: backward computes the convolution and the
-    mask again instead of keeping them. On a GPU it has kernels of its own for narrow convolutions
-    (`numba_fused.backward`), and otherwise, and with ``variant="torch"``, costs what eager PyTorch
-    costs.
+    mask again instead of keeping them. On a GPU it has kernels of its own (`numba_fused.backward`),
+    with cuDNN's convolutions where they are wide; with ``variant="torch"`` it is PyTorch's.
     In eager mode the gradients can be differentiated again; compiled ones cannot.
 
     Under ``torch.autocast`` the operands are rounded to its dtype, as a convolution's are (float64

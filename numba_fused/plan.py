@@ -45,16 +45,20 @@ def _is_narrow(spec: BlockSpec) -> bool:
 def choose_backward(spec: BlockSpec, device: torch.device | None = None) -> str | None:
     """Name of the backward variant for a GPU; None leaves it to PyTorch's operators.
 
-    The clear variant is for reading: PyTorch's operators are faster. Wide convolutions are left
-    to them as well, as forward leaves theirs to the library.
+    The clear variant is for reading: PyTorch's operators are faster. What the tiles do not take
+    goes to `library_conv`, all but samples beyond 32-bit indices.
     """
     return _choose_backward(spec, ladder.capability(device))
 
 
 @lru_cache(maxsize=4096)
 def _choose_backward(spec: BlockSpec, capability: tuple[int, int]) -> str | None:
-    able = backward.obstacle("tensor_core", spec, capability) is None
-    return "tensor_core" if able and _is_narrow(spec) else None
+    # library_conv has not been timed on a GPU: the choice rests on what it leaves out. Its three
+    # convolutions are those of PyTorch's backward, but between them it makes three passes where
+    # PyTorch runs five operators forward and backward, each through tensors of the output's size.
+    variants = ("tensor_core", "library_conv") if _is_narrow(spec) else ("library_conv",)
+    able = (v for v in variants if backward.obstacle(v, spec, capability) is None)
+    return next(able, None)
 
 
 def check_simulable(spec: BlockSpec, variant: str) -> None:

@@ -1,7 +1,8 @@
 """The backward pass: from the gradient of the output to those of x and the parameters.
 
 Nothing of the output's size is kept from forward: the convolution and the dropout mask are
-computed again. `clear` does it for any shape, one idea to a kernel; `tensor_core` is the fast one.
+computed again. `clear` does it for any shape, one idea to a kernel; `library_conv` leaves the
+convolutions to cuDNN; `tensor_core` is the fast one, for narrow convolutions.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from numba_fused.backward import clear, tensor_core
+from numba_fused.backward import clear, library_conv, tensor_core
 from numba_fused.backward.clear import ledger
 from numba_fused.backward.operands import Operands, Wanted
 from numba_fused.ladder import capability, channel_vector, launcher_for
@@ -30,7 +31,11 @@ __all__ = ["NAMES", "VARIANTS", "Gradients", "Wanted", "ledger", "obstacle", "ru
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-VARIANTS: dict[str, ModuleType] = {"clear": clear, "tensor_core": tensor_core}
+VARIANTS: dict[str, ModuleType] = {
+    "clear": clear,
+    "library_conv": library_conv,
+    "tensor_core": tensor_core,
+}
 
 
 def obstacle(variant: str, spec: BlockSpec, capability: tuple[int, int]) -> str | None:
