@@ -513,5 +513,4 @@ print(f"solution 3 is right: {solution_3}")
 # Such pairs of seeds exist wherever streams are seeded along one long sequence. A seed
 # drawn at random hits one with a probability of about the number of streams in 2^64.
 #
-# **Next:** read the ladder itself, `numba_fused/ladder/`, in the order of its numbers. Each file's
-# docstring is a lesson.
+# **Next:** [5. Tensor cores from Python](05_tensor_cores.ipynb).

@@ -22,7 +22,8 @@
 # * derive the chain's gradient, operator by operator, and check each step by itself;
 # * read the kernels of the backward pass, predict their bytes, and count them;
 # * name four wrong backward passes that a plausible test lets through, and what catches each;
-# * say what recomputing costs in time and saves in memory.
+# * say what recomputing costs in time and saves in memory;
+# * lay its products out for tensor cores, and say what stays in registers.
 #
 # The operator is that of notebook 1. So far it went forward; training goes back through it, too.
 
@@ -39,9 +40,10 @@ from numba import cuda, float32
 
 import numba_fused as nf
 from numba_fused import backward, bench, mistakes, plot
-from numba_fused.backward import clear_kernels
+from numba_fused.backward import clear_kernels, tensor_core
 from numba_fused.device import reductions
 from numba_fused.explain import MEASURED
+from numba_fused.ladder.tensor_cores import tile_shape
 from numba_fused.plot.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
 from numba_fused.simulator import Simulator
 
@@ -533,7 +535,7 @@ compare(predicted_pass, passed, "pass")
 # The last one deserves a look. Long sums tempt one to `cuda.atomic.add`: all threads add to one
 # number, in whatever order they arrive. It is right to within rounding, and rounding depends on the
 # order. The simulator can shuffle the order in which warps run; here `dbeta` and `dgamma` in fp32,
-# under 4 schedules:
+# under 3 schedules:
 
 
 # %%
@@ -554,15 +556,15 @@ def different_results(schedules):
 
 
 # %% [markdown]
-# **Predict:** how many different results do the 4 runs give, with atomics and as it is?
+# **Predict:** how many different results do the 3 runs give, with atomics and as it is?
 
 # %%
 predicted_atomic, predicted_ordered = 1, 1
 
 # %%
 with mistakes.get("float-atomics").made():
-    compare(predicted_atomic, different_results(4), "different results with atomics")
-compare(predicted_ordered, different_results(4), "with sums in a fixed order")
+    compare(predicted_atomic, different_results(3), "different results with atomics")
+compare(predicted_ordered, different_results(3), "with sums in a fixed order")
 
 # %% [markdown]
 # Runs that differ in the last bit drift apart, and then nobody can say any more whether a change
@@ -592,9 +594,8 @@ print(f"write z and read it again {keep_ms:.2f} ms, convolve again {again_ms:.2f
 # %% [markdown]
 # With ordinary arithmetic recomputing buys memory with time, and the clear kernels pay that price
 # three times. The way out is to multiply faster: on tensor cores, several times as fast (notebook
-# 5). `numba_fused/backward/tensor_core.py` takes it, with the mathematics of this notebook. The
-# trade also depends on the shape: a convolution's products grow with its input channels and its
-# taps, and the bytes of `z` do not.
+# 5). The trade also depends on the shape: a convolution's products grow with its input channels and
+# its taps, and the bytes of `z` do not.
 
 # %%
 rows = []
@@ -612,8 +613,101 @@ for name in bench.CASES:
 pd.DataFrame(rows).set_index("case").round(3)
 
 # %% [markdown]
-# And on a real GPU? Rows of forward and backward pass together are stored like others, if somebody
-# has measured them:
+# ## The fast variant
+#
+# `numba_fused/backward/tensor_core.py` has the mathematics of this notebook on tensor cores. What
+# is new is where things are.
+#
+# `z` is never in memory. The tiles of the forward pass compute it, and it stays in the registers of
+# the warp that did, while the same tile of `grad_out` arrives in shared memory. A first pass leaves
+# the sums, and a bit for each value that passes a gradient; so a second pass, which convolves again
+# and forms `dz`, draws no mask and looks at no bound.
+#
+# `dz` does go to memory, because an element of `dx` or `dweight` takes `dz` from the tiles of many
+# blocks. It goes there as tensor cores will want it: in halves, scaled by a power of two for each
+# sample, and *channels last*, so that 16 channels of a position are eight words side by side. With
+# `precision="ieee"` a second array takes what rounding to halves left over (notebook 5).
+#
+# **Predict:** how many bytes does the kernel that forms `dz` write then, in multiples of `E`?
+
+# %%
+predicted_dz = 0.5
+
+# %%
+fast = [normal(1, 2, 5, 10), normal(16, 2, 3, 3) / 4, normal(16), 1 + 0.5 * normal(16), normal(16)]
+fast_spec = nf.BlockSpec.from_arguments(fast[0].shape, fast[1].shape, num_groups=4, **bench.CHAIN)
+fast_grad_out = normal(*fast_spec.output_shape)
+
+simulator = Simulator(count=True)
+found = backward.run(
+    *[t.float() for t in (*fast, fast_grad_out)],
+    spec=fast_spec,
+    seed=SEED,
+    wanted=ALL,
+    variant="tensor_core",
+    simulator=simulator,
+)
+written = {launch.kernel: launch.bytes_written for launch in simulator.launches}
+compare(predicted_dz, written["gradient_kernel"] / fast_spec.output_bytes, "E")
+
+# %% [markdown]
+# Two halves of two bytes are as much as one float, and what is above 1 are the sums for `dbias`. So
+# at this precision the fast variant moves as many bytes as the clear one, 5 x + 5 E; it is the
+# products that get faster. With `precision="tf32"` the second array is not there.
+#
+# In halves it must not lose digits. The gradients against fp64, beside the error of PyTorch's own
+# in fp32:
+
+
+# %%
+def by_autograd(dtype):
+    leaves = [t.to(dtype).requires_grad_() for t in fast]
+    out = nf.reference(*leaves, seed=SEED, num_groups=4, **bench.CHAIN)
+    return torch.autograd.grad(out, leaves, fast_grad_out.to(dtype))
+
+
+def relative_errors(gradients):
+    pairs = zip(gradients, by_autograd(torch.float64), strict=True)
+    return [((g.double() - exact).norm() / exact.norm()).item() for g, exact in pairs]
+
+
+errors = pd.DataFrame(
+    {"tensor_core": relative_errors(found), "PyTorch": relative_errors(by_autograd(torch.float32))},
+    index=list(backward.NAMES),
+)
+assert (errors["tensor_core"] < 2 * errors["PyTorch"]).all()
+errors.map("{:.1e}".format)
+
+# %% [markdown]
+# A matrix instruction multiplies 16 rows by 16 columns with 16 rows by 8 columns, and adds up over
+# the 16 in the middle. What goes where?
+#
+# * `dweight` has few elements and long sums, so the *positions* go in the middle: 16 channels of
+#   `dz` at 16 positions, times `x` at these positions under 8 taps. The sums of all taps stay in
+#   registers while a warp goes through its positions: `dz` is read once, and nothing is written on
+#   the way.
+# * `dx` has many elements. The channels of `dz` go in the middle, 8 positions are the columns, and
+#   the rows could be the input channels. The benchmark has 3 of those, and 13 rows would be for
+#   nothing. But a plane of `dz` feeds as many planes of `dx` as the kernel is deep. So a row is a
+#   pair of an input channel and a plane. A block walks along the depth; each plane of `dz` on its
+#   way completes a plane of `dx`, which is written, and whose rows start anew.
+#
+# **Predict:** what share of the 16 rows does `dx` fill in the benchmark, with its kernel of 3?
+
+# %%
+predicted_share = 3 / 16
+
+# %%
+tile = tile_shape(case, tensor_core.kind(case))
+input_tile, weight_tile = tensor_core.InputTile(tile, planes=1), tensor_core.WeightTile(tile)
+compare(predicted_share, input_tile.rows / (16 * input_tile.row_groups), "of the rows")
+print(f"dweight: {weight_tile.taps} taps in {weight_tile.instructions} instructions of 8")
+
+# %% [markdown]
+# And on a real GPU? There autograd uses this variant where the convolution is narrow. Where it is
+# wide, many products would be computed more than once: `numba_fused/backward/library_conv.py` lets
+# the vendor's library convolve, once, and keeps `z` as scratch. Rows of forward and backward pass
+# together are stored like others, if somebody has measured them:
 
 # %%
 frame = plot.read_rows(DATA)

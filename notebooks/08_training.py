@@ -213,13 +213,13 @@ print(f"loss of the first step {judge.losses[0]:.3f}, of the last {judge.losses[
 # The kernels can train as well, in the simulator, if there is little to do. Here is a clip of 4
 # frames of 8 x 8, and the forward pass of rung 4.
 #
-# **Predict:** what is the largest difference of the losses, over 3 steps?
+# **Predict:** what is the largest difference of the losses, over 2 steps?
 
 # %%
 predicted_difference = 0.0
 
 # %%
-tiny = training.Problem(steps=3, batch=1, frames=4, plane=8, zoom=1, variant="one_kernel")
+tiny = training.Problem(steps=2, batch=1, frames=4, plane=8, zoom=1, variant="one_kernel")
 by_kernel, by_operators = (training.train(tiny, name) for name in ("numba_fused", "reference"))
 for step, (a, b) in enumerate(zip(by_kernel.losses, by_operators.losses, strict=True)):
     print(f"step {step}: {a:.7f} and {b:.7f}")

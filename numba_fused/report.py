@@ -17,8 +17,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from numba_fused import bench, plot, results
-from numba_fused.plot.readme import Table, any_auto, cases_cells, ladder_cells
-from numba_fused.plot.rows import PRECISIONS, by_case, timed
+from numba_fused.plot.readme import Table, any_auto, backward_cells, cases_cells, ladder_cells
+from numba_fused.plot.rows import PRECISIONS, by_case, of_case, timed
 from numba_fused.plot.style import STYLE, UNDATED
 from numba_fused.results import Row, label, times_faster, verdict
 
@@ -32,6 +32,7 @@ NUMBERS = (
     ("80 %", "p80_ms", 1, ".4g"),
     ("host us", "host_us", 1, ".0f"),
     ("error", "error", 1, ".1e"),
+    ("gradient error", "gradient_error", 1, ".1e"),
     ("extra MB", "peak_extra_bytes", 1e-6, ".1f"),
 )
 
@@ -173,6 +174,8 @@ def _tables(frame: pd.DataFrame, case: str) -> list[tuple[str, Table]]:
             tables.append((f"Ladder, {precision}", ladder_cells(found[case])))
         if any_auto(found):
             tables.append((f"Named cases, {precision}", cases_cells(list(found.values()))))
+        if both_passes := of_case(frame, case, [precision], backward=True):
+            tables.append((f"Forward and backward, {precision}", backward_cells(both_passes)))
     return tables
 
 

@@ -27,6 +27,8 @@ def made_up(case: str, variant: str, precision: str = "ieee", **rest: Any) -> Ro
         "floor_ms": floor,
         "error": 2e-7 if precision == "ieee" else 3e-4,
         "error_bound": 4e-7 if precision == "ieee" else 2e-3,
+        "gradient_error": 5e-7 if backward else None,
+        "gradient_error_bound": 8e-7 if backward else None,
         "gpu": GPU,
         "torch": "2.13.0",
         "numba_cuda": "0.30.4",
@@ -56,6 +58,7 @@ def everything() -> list[Row]:
     channels = "kb83-b16,plane=32{},padding=same"
     others += [channels.format(more) for more in ("", ",in_channels=8", ",out_channels=64")]
     rows += [made_up(case, variant) for case in others for variant in COMPARED]
+    rows += [made_up("kb83", variant, backward=True) for variant in COMPARED]
     for threads in (128, 256, 1024):
         time = 10.0 if threads == 256 else 30.0
         rows.append(made_up("kb83", "one_kernel", threads_per_block=threads, p50_ms=time))

@@ -4,6 +4,7 @@ import functools
 import json
 import shlex
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from numba_fused.plot.mask import PROBABILITIES, deviations
 from numba_fused.plot.rows import all_block_sizes, bench_recipe, by_case
 from numba_fused.plot.scaling import slope
 from numba_fused.plot.style import WIDTH, spread
+from numba_fused.report import report
 from numba_fused.results import Row
 
 FIGURES = [one.name for one in plot.catalogue()]
@@ -231,6 +233,19 @@ def test_memory_is_beside_the_size_of_the_output() -> None:
     assert "(GB)" in ax.get_xlabel()
 
 
+def test_backward_shows_the_times_of_both_passes_with_their_own_floor() -> None:
+    ax = figure("backward").axes[0]
+    assert names(ax) == ["torch", "torch.compile", "auto: pipelined"]
+    floor = bench.compulsory_bytes(bench.case_spec("kb83"), backward=True) / 4e9
+    assert said(ax) == {f"{times * floor:.3g}" for times in (8, 4, 2)}
+    assert ax.get_title(loc="right") == "forward and backward pass"
+    assert figure("ladder").axes[0].get_title(loc="right") == ""
+    legend = {text.get_text() for text in figure("backward").legends[0].get_texts()}
+    (line,) = (line for line in ax.lines if line.get_label() == "memory floor")
+    assert "memory floor" in legend
+    assert first(line.get_xdata()) == pytest.approx(floor)
+
+
 def test_mask_keeps_its_share() -> None:
     by_p, by_place = deviations()
     assert by_p.shape[0] == len(PROBABILITIES)
@@ -323,10 +338,12 @@ def test_what_is_missing_is_what_the_command_measures(name: str) -> None:
         arguments = ["--dry-run", *arguments, "--out", "/nowhere/rows.csv"]
     else:
         assert arguments[:2] == ["--case", "kb83"]
+        chosen = [value for option, value in pairwise(arguments) if option == "--variant"]
+        backward = "--backward" in arguments
         arguments = ["--help"]
         measured = {
-            results.Key("kb83", variant, key.precision, None, False)
-            for variant in results.variants()
+            results.Key("kb83", variant, key.precision, None, backward)
+            for variant in chosen or results.variants()
             for key in recipe.keys
         }
     assert numba_fused(command, *arguments).exit_code == 0
@@ -358,12 +375,35 @@ def test_cases_table_is_written_once_auto_was_timed(tmp_path: Path) -> None:
     eager = made_up("kb83", "torch")
     assert plot.readme_tables(of_rows(tmp_path, eager)).keys() == {"ladder"}
     tables = plot.readme_tables(frame())
-    assert tables.keys() == {"ladder", "ladder-tf32", "cases", "cases-tf32"}
+    assert tables.keys() == {"ladder", "ladder-tf32", "cases", "cases-tf32", "backward"}
     lines = tables["cases"].splitlines()
     # In the order of the named cases; what has no name is left out.
     cases = [line.split(" | ")[0].removeprefix("| ") for line in lines[2:-2]]
     assert cases == ["kb83", "kb83-b16", "kb83-b1", "3d-8-16", "2d-3-64", "geometric mean"]
     assert lines[-3] == "| geometric mean |  |  |  |  |  | 4.00 | 2.00 |"
+
+
+def test_backward_table_is_of_both_passes_and_written_once_they_were_timed(tmp_path: Path) -> None:
+    assert "backward" not in plot.readme_tables(of_rows(tmp_path, made_up("kb83", "torch")))
+    *lines, _, note = plot.readme_tables(frame())["backward"].splitlines()
+    assert lines[0] == "| variant | ms | x eager | x compile | gradient error | peak extra MB |"
+    # The times of `made_up` are in proportion to the bytes of both passes.
+    moved = bench.compulsory_bytes(bench.case_spec("kb83"), backward=True)
+    extra = 3 * bench.case_spec("kb83").output_bytes / 1e6
+    assert lines[2] == f"| torch | {8 * moved / 4e9:.3g} | 1.00 | 0.50 | 5.0e-07 | {extra:.0f} |"
+    assert lines[4] == f"| auto: pipelined | {2 * moved / 4e9:.3g} | 4.00 | 2.00 | 5.0e-07 | 0 |"
+    assert "Forward and backward pass together, medians on one Test GPU" in note
+    assert f"The {moved / 1e6:.0f} MB that must be moved" in note
+    assert "Forward and backward, ieee" in report(frame())
+
+
+def test_backward_table_of_another_case_and_a_failed_row(tmp_path: Path) -> None:
+    failed = {"status": "failed", "reason": "wrong | worse", "p50_ms": None, "gradient_error": None}
+    rows = of_rows(tmp_path, made_up("kb83-b1", "auto", "tf32", backward=True) | failed)
+    assert plot.readme_tables(rows) == {}
+    (name, table), *others = plot.readme_tables(rows, "kb83-b1").items()
+    assert (name, others) == ("backward-tf32", [])
+    assert "| auto: pipelined | failed: wrong \\| worse |  |  |  |  |" in table
 
 
 # ---- the command ------------------------------------------------------------------------------

@@ -26,6 +26,20 @@ def test_of_both_precisions_each_bar_with_tf32_says_so(rows: list[dict[str, Any]
     assert sorted(names) == ["torch, TF32", "unfused"]
 
 
+def test_without_a_time_it_says_why() -> None:
+    failed = IEEE | {"status": "failed", "p50_ms": None}
+    with pytest.raises(plot.NotMeasuredError, match="time to draw: every one failed"):
+        plot.ladder_figure([failed])
+    with pytest.raises(plot.NotMeasuredError, match="time to draw: there is none"):
+        plot.ladder_figure([])
+
+
+def test_of_both_passes_it_says_so_beside_the_precision() -> None:
+    rows = [made_up("kb83", "auto", precision, backward=True) for precision in ("ieee", "tf32")]
+    _, note, _ = said(plot.ladder_figure(rows))
+    assert note == "forward and backward pass, with TF32 where it says so"
+
+
 @pytest.mark.parametrize(
     ("row", "arithmetic"), [(IEEE, "float32"), (TF32, "float32 with TF32")], ids=["ieee", "tf32"]
 )

@@ -53,3 +53,9 @@ def test_figures_shown_are_there_and_of_the_rows_there_are() -> None:
     for row in rows:
         assert f">{results.label(row)}<" in twin, "run numba-fused plot"
         assert f">{row['p50_ms']:.3g}<" in twin, "run numba-fused plot"
+
+
+def test_every_notebook_is_named() -> None:
+    notebooks = sorted(file.stem for file in (ROOT / "notebooks").glob("[0-9]*.py"))
+    (named,) = re.findall(r"Open `notebooks/`.*?: (.*?)\. Each", README, re.DOTALL)
+    assert re.findall(r"\b\d\d\b", named) == [name[:2] for name in notebooks]

@@ -12,6 +12,7 @@ from numba_fused.plot.ladder import ladder_figure
 from numba_fused.plot.mask import mask_figure
 from numba_fused.plot.memory import memory_figure
 from numba_fused.plot.readme import (
+    backward_table,
     cases_table,
     ladder_table,
     markers,
@@ -30,6 +31,7 @@ __all__ = [
     "NotMeasuredError",
     "Plot",
     "Recipe",
+    "backward_table",
     "cases_table",
     "catalogue",
     "check_suffix",

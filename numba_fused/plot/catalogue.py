@@ -166,18 +166,35 @@ def _of_one_case(case: str) -> list[Plot]:
         about: str,
         figure: Callable[[Sequence[Row]], Figure],
         precisions: Sequence[str] = ("ieee",),
+        variants: Sequence[str] = (),
+        *,
+        backward: bool = False,
     ) -> Plot:
-        select = partial(of_case, case=case, precisions=precisions)
-        return Plot(name, title, about, select, figure, partial(bench_recipe, case, precisions))
+        select = partial(of_case, case=case, precisions=precisions, backward=backward)
+        recipe = partial(bench_recipe, case, precisions, variants, backward=backward)
+        return Plot(name, title, about, select, figure, recipe)
 
     how = (
         "The time of every variant that could run: medians, with the 20th and 80th percentile as a "
         "black line. The memory floor is the time of moving each input and output once, at the "
         "rate of a large copy measured in the same run; nothing can be left of it."
     )
+    both = (
+        " Here a call is a forward pass and the gradients of all five operands; the floor counts "
+        "the gradients, too. The variant is that of the forward pass: the backward pass is the one "
+        "that its call chooses."
+    )
     return [
         plot("ladder", "The ladder", how, ladder_figure),
         plot("ladder-tf32", "The ladder with TF32", how, ladder_figure, ("tf32",)),
+        plot(
+            "backward",
+            "Forward and backward",
+            how + both,
+            ladder_figure,
+            variants=COMPARED,
+            backward=True,
+        ),
         plot(
             "roofline",
             "Roofline",

@@ -29,7 +29,8 @@ def ladder_figure(rows: Sequence[Row]) -> Figure:
     Parameters
     ----------
     rows : sequence of dict
-        One row a variant, as `results.latest` gives them.
+        One row a variant, as `results.latest` gives them: all of the forward pass, or all of
+        forward and backward pass together.
 
     Returns
     -------
@@ -42,7 +43,8 @@ def ladder_figure(rows: Sequence[Row]) -> Figure:
     """
     shown = timed(rows)
     if not shown:
-        raise NotMeasuredError("no row has a time to draw: every one failed or was skipped")
+        why = "every one failed or was skipped" if rows else "there is none"
+        raise NotMeasuredError(f"no row has a time to draw: {why}")
     first = min(shown, key=lambda row: row["precision"])  # "ieee", if there is one
     mixed = len({row["precision"] for row in shown}) > 1
     figure = new_figure(2.4 + 0.45 * len(shown))
@@ -63,8 +65,9 @@ def ladder_figure(rows: Sequence[Row]) -> Figure:
     plain_log(ax.xaxis)
     ax.set_xlabel(f"GPU time of one call (ms; log scale that starts at {left:.2g})")
     figure.suptitle(heading(first))
-    if mixed:
-        ax.set_title("with TF32 where it says so", loc="right", fontsize=13)
+    notes = ["forward and backward pass"] if first["backward"] else []
+    notes += ["with TF32 where it says so"] if mixed else []
+    ax.set_title(", ".join(notes), loc="right", fontsize=13)
     legend_below(figure, 3)
     return figure
 

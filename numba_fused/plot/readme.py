@@ -5,12 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import pandas as pd
 
 from numba_fused import bench
-from numba_fused.plot.rows import PRECISIONS, arithmetic, by_case
+from numba_fused.plot.rows import PRECISIONS, arithmetic, by_case, of_case
 from numba_fused.results import (
     COMPILED,
     EAGER,
@@ -26,8 +26,9 @@ from numba_fused.results import (
 def readme_tables(frame: pd.DataFrame, case: str = "kb83") -> dict[str, str]:
     """The tables that there are rows for, by the name of their markers.
 
-    ``ladder`` is of one case; ``cases`` of the named ones, once one of them has a time of auto.
-    Those of TF32 are ``ladder-tf32`` and ``cases-tf32``.
+    ``ladder`` is of one case; ``cases`` of the named ones, once one of them has a time of auto;
+    ``backward`` of one case, forward and backward pass together. Those of TF32 are ``ladder-tf32``
+    and so on.
     """
     tables = {}
     for precision in PRECISIONS:
@@ -37,6 +38,8 @@ def readme_tables(frame: pd.DataFrame, case: str = "kb83") -> dict[str, str]:
             tables[f"ladder{suffix}"] = ladder_table(found[case])
         if any_auto(found):
             tables[f"cases{suffix}"] = cases_table(list(found.values()))
+        if both_passes := of_case(frame, case, [precision], backward=True):
+            tables[f"backward{suffix}"] = backward_table(both_passes)
     return tables
 
 
@@ -65,6 +68,11 @@ def ladder_table(rows: Sequence[Row]) -> str:
     return ladder_cells(rows).markdown(["---", *["--:"] * 6])
 
 
+def backward_table(rows: Sequence[Row]) -> str:
+    """Forward and backward pass of one case as a Markdown table, with where it was measured."""
+    return backward_cells(rows).markdown(["---", *["--:"] * 5])
+
+
 def cases_table(rows_of_cases: Sequence[Sequence[Row]]) -> str:
     """`auto` against PyTorch on the named cases, as a Markdown table with its sum in words.
 
@@ -75,31 +83,51 @@ def cases_table(rows_of_cases: Sequence[Sequence[Row]]) -> str:
 
 def ladder_cells(rows: Sequence[Row]) -> Table:
     """The same as cells."""
+    numbers = {
+        "error": ("error", 1, ".1e"),
+        "launches": ("launches", 1, ".0f"),
+        "MB by ledger": ("ledger_bytes", 1e-6, ".0f"),
+    }
+    return _variant_cells(rows, "Medians", numbers)
+
+
+def backward_cells(rows: Sequence[Row]) -> Table:
+    """The same as cells."""
+    numbers = {
+        "gradient error": ("gradient_error", 1, ".1e"),
+        "peak extra MB": ("peak_extra_bytes", 1e-6, ".0f"),
+    }
+    return _variant_cells(rows, "Forward and backward pass together, medians", numbers)
+
+
+# Of a row: its column, what to multiply it with, format.
+Number: TypeAlias = tuple[str, float, str]
+
+
+def _variant_cells(rows: Sequence[Row], what: str, numbers: Mapping[str, Number]) -> Table:
+    """A line a variant: its time, beside PyTorch's, and more numbers by their headings."""
     first = rows[0]
     note = (
         f"Case {first['case']}: x {first['x_shape']}, weight {first['weight_shape']}, "
         f"{first['num_groups']} groups, {arithmetic(first)}, dropout {first['dropout_p']:g}, "
-        f"non-degenerate bounds. Medians on one {first['gpu']}, torch {first['torch']}, "
+        f"non-degenerate bounds. {what} on one {first['gpu']}, torch {first['torch']}, "
         f"numba-cuda {first['numba_cuda']}, {str(first['utc'])[:10]}. "
         f"The {first['compulsory_bytes'] / 1e6:.0f} MB that must be moved take "
         f"{first['floor_ms']:.3f} ms at the rate of a copy."
     )
-    headings = ("variant", "ms", "x eager", "x compile", "error", "launches", "MB by ledger")
-    return Table(headings, [_ladder_line(row, rows) for row in rows], note)
+    lines = [_variant_line(row, rows, list(numbers.values())) for row in rows]
+    return Table(("variant", "ms", "x eager", "x compile", *numbers), lines, note)
 
 
-def _ladder_line(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
+def _variant_line(row: Row, rows: Sequence[Row], numbers: Sequence[Number]) -> tuple[str, ...]:
     if row["status"] != "ok":
-        return (label(row), f"{row['status']}: {row['reason']}", *[""] * 5)
-    ledger = row["ledger_bytes"]
+        return (label(row), f"{row['status']}: {row['reason']}", "", "", *[""] * len(numbers))
     return (
         label(row),
         f"{row['p50_ms']:.3g}",
         _cell(times_faster(row, rows, EAGER), ".2f"),
         _cell(times_faster(row, rows, COMPILED), ".2f"),
-        f"{row['error']:.1e}",
-        _cell(row["launches"], ".0f"),
-        _cell(ledger and ledger / 1e6, ".0f"),
+        *(_cell(row[column], form, factor) for column, factor, form in numbers),
     )
 
 
@@ -162,5 +190,5 @@ def update_readme(path: str | Path, tables: Mapping[str, str]) -> bool:
     return new != text
 
 
-def _cell(value: float | None, form: str) -> str:
-    return "" if value is None else f"{value:{form}}"
+def _cell(value: float | None, form: str, factor: float = 1) -> str:
+    return "" if value is None else f"{value * factor:{form}}"

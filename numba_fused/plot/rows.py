@@ -75,14 +75,20 @@ def _holds_rows(file: Path) -> bool:
 # ---- choosing ---------------------------------------------------------------------------------
 
 
-def by_case(frame: pd.DataFrame, precision: str) -> dict[str, list[Row]]:
-    """The rows of each case, variants in ladder order: forward pass, usual block size."""
-    return results.newest(frame, precision)
+def by_case(frame: pd.DataFrame, precision: str, *, backward: bool = False) -> dict[str, list[Row]]:
+    """The rows of each case, variants in ladder order: usual block size, forward or both passes."""
+    return results.newest(frame, precision, backward=backward)
 
 
-def of_case(frame: pd.DataFrame, case: str, precisions: Iterable[str]) -> list[Row]:
+def of_case(
+    frame: pd.DataFrame, case: str, precisions: Iterable[str], *, backward: bool = False
+) -> list[Row]:
     """The rows of one case, as `by_case` has them."""
-    return [row for precision in precisions for row in by_case(frame, precision).get(case, [])]
+    return [
+        row
+        for precision in precisions
+        for row in by_case(frame, precision, backward=backward).get(case, [])
+    ]
 
 
 def of_cases(frame: pd.DataFrame, precision: str, wanted: Callable[[str], bool]) -> list[Row]:
@@ -151,15 +157,22 @@ class Recipe:
         return [key for key in self.keys if key not in there]
 
 
-def bench_recipe(case: str, precisions: Sequence[str]) -> Recipe:
-    """Every variant of one case."""
-    chosen = " ".join(f"--precision {precision}" for precision in precisions)
+def bench_recipe(
+    case: str, precisions: Sequence[str], variants: Sequence[str] = (), *, backward: bool = False
+) -> Recipe:
+    """These variants of one case, by default all: the forward pass, or both together."""
+    options = [
+        *(f"--variant {variant}" for variant in variants),
+        *(f"--precision {precision}" for precision in precisions),
+        *(["--backward"] if backward else []),
+    ]
+    out = DATA / ("backward.csv" if backward else "ladder.csv")
     return Recipe(
-        f"numba-fused bench --case {case} {chosen} --out {DATA / 'ladder.csv'}",
+        f"numba-fused bench --case {case} {' '.join(options)} --out {out}",
         tuple(
-            Key(case, variant, precision, None, False)
+            Key(case, variant, precision, None, backward)
             for precision in precisions
-            for variant in results.variants()
+            for variant in variants or results.variants()
         ),
     )
 
