@@ -69,21 +69,19 @@ def chain_kernels(shape: TileShape) -> ChainKernels:
     f = tile_functions(shape)
     convolve, publish_sums, pool_statistics = f.convolve, f.publish_sums, f.group_statistics
     warp_place, extent, input_unscale = f.warp_place, f.extent, f.input_unscale
-    tile_position, first_stream = f.tile_position, f.first_stream
+    tile_position, first_stream, move_rows = f.tile_position, f.first_stream, f.move_rows
 
     threads, warps = shape.threads, shape.warps
     spatial_warps = shape.row_warps * shape.column_warps
     channel_tiles, row_tiles, column_tiles = shape.tiles
-    tile_channels, tile_rows, tile_columns = shape.channels, shape.rows, shape.columns
-    tiles_per_sample = shape.tiles_per_sample
+    tile_channels, tiles_per_sample = shape.channels, shape.tiles_per_sample
     out_channels, group_channels = shape.out_channels, shape.group_channels
     out_d, out_h, out_w = shape.out_size
     out_plane, group_count = out_h * out_w, out_channels // group_channels
     tile_positions = out_d * row_tiles * column_tiles
     last_scale = SCALE + (shape.chunks - 1) % 2
     unscale_at, split, chunk_channels = shape.unscale_at, shape.split, shape.channel_warps
-    whole_rows, out_row, vector = shape.whole_rows, shape.out_row, shape.store
-    channel_stride = shape.channel_stride
+    out_row, channel_stride = shape.out_row, shape.channel_stride
     in_pairs = out_row % 2 == 0 and out_w % 2 == 0
     position_words = POSITION_WORDS * shape.packed_tiles
     streams_per_row = -(-out_w // COLUMNS)
@@ -120,31 +118,6 @@ def chain_kernels(shape: TileShape) -> ChainKernels:
         pool_statistics(scratch, eps, statistics, kept, place)
 
     # ---- what the two passes share --------------------------------------------------------------
-
-    @cuda.jit(device=True)
-    def stage_gradient(grad_out, staged, place):
-        """Start copying the tile of grad_out to shared memory, a row of values a channel."""
-        n, d, h, w = place[SAMPLE], place[PLANE], place[ROW], place[COLUMN]
-        height, width = min(tile_rows, int32(out_h - h)), min(tile_columns, int32(out_w - w))
-        if whole_rows:  # one run of values a channel
-            height, width = 1, int32(height * out_w)
-        lane = int32(ptx.lane_index())
-        first_k = int32(place[CHANNEL_TILE] * tile_channels)
-        c = int32(ptx.thread_index() // WARP)
-        while c < tile_channels and first_k + c < out_channels:
-            start = (int64(n) * out_channels + first_k + c) * (out_d * out_plane)
-            start += int32(d * out_plane + h * out_w + w)
-            for row in range(height):
-                i = int32(lane * vector)
-                while i < width:
-                    source = uint64(start + int32(row * out_w + i))
-                    target = uint64(int32(c * channel_stride + row * out_row + i))
-                    if vector == 4:
-                        ptx.copy_async_4(staged, target, grad_out, source, True)
-                    else:
-                        ptx.copy_async_1(staged, target, grad_out, source, True)
-                    i = int32(i + WARP * vector)
-            c = int32(c + warps)
 
     @cuda.jit(device=True)
     def staged_row(row):
@@ -284,7 +257,7 @@ def chain_kernels(shape: TileShape) -> ChainKernels:
         tile = int32(first_sample * tiles_per_sample + cuda.blockIdx.x)
         convolve(acc, x, scratch, tile, place)
         cuda.syncthreads()  # the words are not needed any more: grad_out goes there
-        stage_gradient(grad_out, staged, place)
+        move_rows(grad_out, staged, place, False)
         # The mask is drawn while grad_out is on its way.
         low = draw_bits(place, 0, seed, drop_threshold)
         high = draw_bits(place, 1, seed, drop_threshold)
@@ -482,7 +455,7 @@ def chain_kernels(shape: TileShape) -> ChainKernels:
         tile = int32(first_sample * tiles_per_sample + cuda.blockIdx.x)
         convolve(acc, x, scratch, tile, place)
         cuda.syncthreads()
-        stage_gradient(grad_out, staged, place)
+        move_rows(grad_out, staged, place, False)
         at = int64(cuda.blockIdx.x) * (threads * 2) + 2 * int32(ptx.thread_index())
         bits = ptx.load_2(passes, uint64(at))
         ptx.wait_for_copies()

@@ -64,6 +64,7 @@ class TileFunctions(NamedTuple):
     publish_sums: Any
     group_statistics: Any
     finish: Any
+    move_rows: Any
     store: Any
     wait_for_store: Any
 
@@ -157,7 +158,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
     sample_record_words = shape.sample_record_words
 
     staged_input_at = shape.staged_input_at
-    store_values, whole_rows, out_row = shape.store, shape.whole_rows, shape.out_row
+    run_values, whole_rows, out_row = shape.store, shape.whole_rows, shape.out_row
     # Positions along w that every warp has; its last columns of warps may lie outside altogether.
     sure_columns = max(0, out_w - COLUMNS * (column_warps - 1)) if whole_rows else 0
     even_rows, channel_stride = out_row % 2 == 0, shape.channel_stride
@@ -669,8 +670,11 @@ def tile_functions(shape: TileShape) -> TileFunctions:
                             staged[target + uint64(1)] = acc[4 * j + 4 + r]
 
     @cuda.jit(device=True)
-    def write_output(staged, out, place):
-        """Write the staged channels, neighbours together."""
+    def move_rows(tensor, staged, place, outwards):
+        """Move the tile's channels between shared memory and a tensor of the output's shape.
+
+        Out of shared memory, or into it by asynchronous copies; neighbours move together.
+        """
         n, d, h, w = place[SAMPLE], place[PLANE], place[ROW], place[COLUMN]
         height, width = min(tile_rows, int32(out_h - h)), min(tile_columns, int32(out_w - w))
         if whole_rows:  # one run of values a channel
@@ -682,16 +686,21 @@ def tile_functions(shape: TileShape) -> TileFunctions:
             start = (int64(n) * out_channels + first_k + c) * (out_d * out_plane)
             start += int32(d * out_plane + h * out_w + w)
             for row in range(height):
-                i = int32(lane * store_values)
+                i = int32(lane * run_values)
                 while i < width:
-                    target = uint64(start + int32(row * out_w + i))
-                    source = uint64(int32(c * channel_stride + row * out_row + i))
-                    if store_values == 4:
-                        values = ptx.load_4(staged, source)
-                        ptx.store_4(out, target, values[0], values[1], values[2], values[3])
+                    there = uint64(start + int32(row * out_w + i))
+                    here = uint64(int32(c * channel_stride + row * out_row + i))
+                    if not outwards:
+                        if run_values == 4:
+                            ptx.copy_async_4(staged, here, tensor, there, True)
+                        else:
+                            ptx.copy_async_1(staged, here, tensor, there, True)
+                    elif run_values == 4:
+                        values = ptx.load_4(staged, here)
+                        ptx.store_4(tensor, there, values[0], values[1], values[2], values[3])
                     else:
-                        out[target] = staged[source]
-                    i = int32(i + WARP * store_values)
+                        tensor[there] = staged[here]
+                    i = int32(i + WARP * run_values)
             c = int32(c + warps)
 
     @cuda.jit(device=True)
@@ -717,7 +726,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
         if bulk_store:
             copy_output(staged, out, place)
         else:
-            write_output(staged, out, place)
+            move_rows(out, staged, place, True)
 
     return TileFunctions(
         locate,
@@ -732,6 +741,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
         publish_sums,
         group_statistics,
         finish,
+        move_rows,
         store,
         wait_for_store,
     )
