@@ -13,8 +13,7 @@ PyTorch's default, which admits it.
 
 With ``backward`` a call is a forward pass, that of a rung through the public function, and the
 gradients of all five operands, for a given gradient of the output. Every gradient is judged before
-and after as the output is. Where rounding could move a value across a bound, the gradient of the
-output is zero: one value in 10**8 on the other side would outweigh all rounding errors.
+and after as the output is, by the yardstick of `verify`.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -40,20 +39,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from numba_fused import ladder, ops, plan, results, rng
-from numba_fused.reference import chain, convolution_precision, full_precision
+from numba_fused.reference import chain, convolution_precision
 from numba_fused.results import AUTO, COMPILED, EAGER, Row, variants
 from numba_fused.spec import BlockSpec
 from numba_fused.verify import (
-    MARGIN,
     Result,
     Tensors,
     Yardstick,
-    _gradient_yardsticks,
-    _gradients,
-    _judge_each,
+    clear_of_bounds,
+    gradient_yardsticks,
+    gradients,
+    judge_each,
     poisoned,
     relative_error,
-    rounded_to_tf32,
     yardstick,
 )
 
@@ -65,15 +63,12 @@ SAMPLE_MS = 3.0  # a timed sample is at least this long: event resolution is 0.5
 MIN_SETS = 3
 # What PyTorch may be off by where it may use TF32, as it does by default.
 TF32_BASELINE_BOUND = 2e-3
-# No value is moved as far by TF32, whose error is 3e-4: what lies closer to a bound may cross it.
-TF32_MARGIN = 1e-2
 # PyTorch's gradients may be off by this many times what a rung's may be. torch.compile sums in
 # another order than eager, and it is here to be timed: a wrong gradient is off by far more.
 BASELINE_SLACK = 5
 GRADIENT_SEED = 10_000  # plus the input set; inputs have seeds from 0
 
 Call: TypeAlias = Callable[[int], Tensor]
-Item = TypeVar("Item")
 
 
 # ---- cases ------------------------------------------------------------------------------------
@@ -561,7 +556,7 @@ class Differentiated:
 
     leaves: list[list[Tensor]]
     grad_outs: list[Tensor]
-    yardsticks: tuple[list[Yardstick], list[Yardstick]]
+    yardsticks: tuple[list[Yardstick | None], list[Yardstick | None]]
 
     @classmethod
     def build(
@@ -619,52 +614,8 @@ def random_grad_out(spec: BlockSpec, tensors: Tensors, index: int) -> Tensor:
     x = tensors.x
     generator = torch.Generator(x.device).manual_seed(GRADIENT_SEED + index)
     gradient = torch.randn(spec.output_shape, dtype=x.dtype, device=x.device, generator=generator)
-    unbounded = replace(spec, min_value=-math.inf, max_value=math.inf, cap=math.inf, training=False)
-    with torch.no_grad(), full_precision():
-        h = chain(unbounded, *tensors, None)
-    margin = MARGIN if spec.precision == "ieee" else TF32_MARGIN
-    for bound in (spec.min_value, spec.max_value, spec.cap, 0.0):
-        gradient.masked_fill_((h - bound).abs() < margin, 0.0)
+    clear_of_bounds(spec, tensors, gradient, 0.0)
     return gradient
-
-
-def gradient_yardsticks(
-    spec: BlockSpec, tensors: Tensors, grad_out: Tensor, keep_mask: Tensor | None
-) -> list[Yardstick]:
-    """The fp64 gradients of a call and PyTorch's own errors in the call's dtype and precision.
-
-    For precision "tf32" PyTorch's are also those of operands rounded to TF32. The convolution's
-    own gradient, which tensor cores round as well, is not at hand: that of the output, which it is
-    nearly in proportion to, stands in for it.
-    """
-    rulers = _present(_gradient_yardsticks(spec, tensors, grad_out, keep_mask))
-    if spec.precision == "ieee" or spec.dtype != "float32":
-        return rulers
-    x, weight = rounded_to_tf32(tensors.x), rounded_to_tf32(tensors.weight)
-    rounded = tensors._replace(x=x, weight=weight)
-    with full_precision():
-        found = differentiate(spec, rounded, rounded_to_tf32(grad_out), keep_mask)
-    errors = [relative_error(g, r.reference) for g, r in zip(found, rulers, strict=True)]
-    return [
-        replace(ruler, torch_error=max(ruler.torch_error, error))
-        for ruler, error in zip(rulers, errors, strict=True)
-    ]
-
-
-def differentiate(
-    spec: BlockSpec, tensors: Tensors, grad_out: Tensor, keep_mask: Tensor | None
-) -> list[Tensor]:
-    """Autograd's gradients of the five operands."""
-
-    def evaluate(operands: Tensors) -> Tensor:
-        return chain(spec, *operands, keep_mask)
-
-    return _present(_gradients(evaluate, tensors, grad_out))
-
-
-def _present(values: Sequence[Item | None]) -> list[Item]:
-    """Those that are there: all, because inputs are drawn for every operand."""
-    return [value for value in values if value is not None]
 
 
 # ---- variants ---------------------------------------------------------------------------------
@@ -833,10 +784,10 @@ def _measure_variant_step(workload: Workload, variant: str) -> Row:
         )
 
     def judge(results: list[Tensor], place: int) -> Row:
-        out, *gradients = results
+        out, *of_operands = results
         found = workload.yardsticks[place].judge(out, workload.keep_mask)
         rulers = workload.differentiated.yardsticks[place]
-        return _judged(found, _judge_each(gradients, [*rulers]))
+        return _judged(found, judge_each(of_operands, rulers))
 
     return _measure_step(workload, Step(forward, workload.differentiated), judge)
 
@@ -848,10 +799,10 @@ def _measure_baseline_step(workload: Workload, *, compiled: bool) -> Row:
     bound = workload.yardsticks[0].bound if spec.precision == "ieee" else TF32_BASELINE_BOUND
 
     def judge(results: list[Tensor], place: int) -> Row:
-        out, *gradients = results
+        out, *of_operands = results
         error, reason = _baseline_error(workload, out, place, bound)
         found = Result("failed" if reason else "ok", error, bound=bound, reason=reason)
-        return _judged(found, _judge_each(gradients, [*_baseline_rulers(workload, out, place)]))
+        return _judged(found, judge_each(of_operands, _baseline_rulers(workload, out, place)))
 
     with convolution_precision(spec):
         step = Step(functools.partial(function, spec), workload.differentiated)
@@ -905,10 +856,11 @@ def _baseline_rulers(workload: Workload, out: Tensor, place: int) -> list[Yardst
     work, tensors = workload.differentiated, workload.inputs[place]
     keep_mask = out != 0 if workload.spec.draws else None
     wide, grad_out = tensors.map(Tensor.double), work.grad_outs[place].double()
-    exact = differentiate(workload.spec, wide, grad_out, keep_mask)
+    exact = gradients(lambda t: chain(workload.spec, *t, keep_mask), wide, grad_out)
     return [
         replace(ruler, reference=reference, torch_error=BASELINE_SLACK * ruler.torch_error)
         for ruler, reference in zip(work.yardsticks[place], exact, strict=True)
+        if ruler is not None and reference is not None  # inputs are drawn for every operand
     ]
 
 

@@ -43,9 +43,6 @@ console = Console()
 messages = Console(stderr=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-Variants = Annotated[
-    list[str] | None, typer.Option("--variant", help="Only this rung; may be repeated.")
-]
 
 
 def main() -> None:
@@ -145,24 +142,35 @@ def verify(
     seed: Annotated[int, typer.Option(help="Seed of the cases.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="Number of cases.")] = 20,
     only: Annotated[int | None, typer.Option(min=0, help="Run this one case.")] = None,
-    variant: Variants = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only this rung, or variant of the backward pass, such as backward:clear; "
+            "may be repeated."
+        ),
+    ] = None,
     device: Annotated[
         str, typer.Option(help="cuda, cpu (the simulator), or auto: cuda if there is one.")
     ] = "auto",
     max_macs: Annotated[
-        int | None, typer.Option(help="Largest case, in multiply-adds; by default what suits.")
+        int | None,
+        typer.Option(
+            help="Largest case, in multiply-adds; by default what suits: on the CPU a tenth for "
+            "the backward pass."
+        ),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or float64; by default both.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check rungs on random shapes, parameters and inputs against fp64.
+    """Check rungs and gradients on random shapes, parameters and inputs against fp64.
 
-    Outputs are filled with NaN first; the error may be at most twice PyTorch's own. A failure
-    prints the command that runs it alone.
+    Outputs are filled with NaN first; the error may be at most twice PyTorch's
+    own, that of each gradient too. A failure prints the command that runs it
+    alone.
     """
     import torch
 
-    from numba_fused import ladder, verify
+    from numba_fused import verify
     from numba_fused.results import provenance
     from numba_fused.spec import SUPPORTED_DTYPES
 
@@ -175,17 +183,23 @@ def verify(
             raise ValueError(f"device must be auto, cuda or cpu, but got {device!r}")
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("there is no CUDA device here: see numba-fused env, or --device cpu")
-        names = [ladder.get(name).name for name in variant or ladder.names()]
-        macs = max_macs or (verify.GPU_MACS if device == "cuda" else verify.SIMULATOR_MACS)
+        names = variant or verify.names()
+        for name in names:
+            verify.check_name(name)
+        limits = {name: max_macs or verify.most_macs(name, device) for name in names}
         if device == "cpu":
             torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it does
         first, count = (0, count) if only is None else (only, 1)
-        drawn = list(verify.cases(seed, count, max_macs=macs, dtype=dtype, first=first))
+        drawn = {
+            macs: list(verify.cases(seed, count, max_macs=macs, dtype=dtype, first=first))
+            for macs in set(limits.values())
+        }
 
     outcomes: list[tuple[Case, str, Result]] = []
-    with progress(len(drawn) * len(names), f"{len(drawn)} cases x {len(names)} rungs") as advance:
-        for case in drawn:
+    with progress(count * len(names), f"{count} cases x {len(names)} variants") as advance:
+        for place in range(count):
             for name in names:
+                case = drawn[limits[name]][place]
                 result = verify.check(case, name, device)
                 outcomes.append((case, name, result))
                 advance()
@@ -213,7 +227,7 @@ def _print_verified(
     outcomes: list[tuple[Case, str, Result]], names: list[str], device: str
 ) -> None:
     columns = ("ok", "failed", "skipped", "worst error\n/ allowed", "in case")
-    table = numbers_table("rung", columns)
+    table = numbers_table("variant", columns)
     for name in names:
         results = [(case, result) for case, variant, result in outcomes if variant == name]
         tally = Counter(result.status for _, result in results)

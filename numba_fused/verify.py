@@ -20,12 +20,15 @@ each in a quarter of the cases (they cost as much again):
 6. bounds that cross go the chain's way: which of min, lower and upper clamp comes first shows only
    where ``cap < min_value`` or ``max_value < min_value``, which no drawn case has.
 
-`check_gradients` asks 2, 3 and, in every case, 5 of each gradient of the backward kernels.
+`check_gradients` asks 2, 3 and, in every case, 5 of each gradient of the backward kernels. Where
+rounding could move a value across a bound, the gradient of the output is zero: one value in 10**8
+on the other side would outweigh all rounding errors.
 
 PyTorch's own error is a random number too: on a handful of values its fp32 result can be right
 by luck. So it is the worst of several that are equally good: PyTorch as it comes, on the same
 problem mirrored in space (which sums in another order), and on inputs a last bit away; and
-never less than `LEAST_ERROR`.
+never less than `LEAST_ERROR`. For precision "tf32" PyTorch's convolutions, and their gradients,
+take operands rounded to TF32.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -49,6 +53,7 @@ if TYPE_CHECKING:
     from numba_fused.simulator import Simulator
 
 SIMULATOR_MACS = 30_000  # a case takes a fraction of a second in the simulator
+SIMULATOR_GRADIENT_MACS = 3_000  # for the backward pass, every case of which runs twice
 GPU_MACS = 200_000_000
 FAMILIES = ("normal", "offset", "integers", "large", "small", "nonfinite")
 THREADS_PER_BLOCK = (32, 64, 96, 128, 256, 512, 1024)
@@ -70,8 +75,10 @@ REPEATED, CROSSED = 1, 3
 # to 8 warps do, some of which lie across the end of the row and some wholly beyond it.
 WIDE = 3
 WIDTHS = (17, 130)
-# Where h is as close to a bound as this, rounding decides whether it lets a gradient through.
-MARGIN = 1e-3
+# Where h is as close to a bound as this, rounding decides whether it lets a gradient through: that
+# of fp32, and that of operands in TF32, which moves h by 3e-4 or so.
+MARGIN, TF32_MARGIN = 1e-3, 1e-2
+BACKWARD = "backward:"  # what the names of the backward variants begin with here
 
 Compute: TypeAlias = Callable[["Tensors", Tensor], object]
 ComputeGradients: TypeAlias = Callable[["Tensors", Tensor], Sequence[Tensor | None]]
@@ -152,15 +159,10 @@ class Case:
 
     def grad_out(self, device: str | torch.device = "cpu") -> Tensor:
         """A gradient of the output, zero where rounding could move h across a bound."""
-        spec, tensors = self.spec, self.tensors(device)
+        tensors = self.tensors(device)
         generator = np.random.default_rng([self.seed, self.index, 1])
-        gradient = torch.from_numpy(generator.standard_normal(spec.output_shape)).to(device)
-        unbounded = replace(
-            spec, min_value=-math.inf, max_value=math.inf, cap=math.inf, training=False
-        )
-        h = chain(unbounded, *tensors.map(Tensor.double), keep_mask=None)
-        for bound in (spec.min_value, spec.max_value, spec.cap):
-            gradient[(h - bound).abs() < MARGIN] = 0
+        gradient = torch.from_numpy(generator.standard_normal(self.spec.output_shape)).to(device)
+        clear_of_bounds(self.spec, tensors.map(Tensor.double), gradient)
         return gradient.to(tensors.x.dtype)
 
     def crossed(self) -> Case:
@@ -175,7 +177,7 @@ class Case:
         )
 
     def reproducer(self, variant: str) -> str:
-        """The command that runs this case alone."""
+        """The command that runs this case alone, on one of `names`."""
         dtype = f" --dtype {self.forced_dtype}" if self.forced_dtype else ""
         return (
             f"numba-fused verify --seed {self.seed} --only {self.index} "
@@ -502,14 +504,32 @@ class Yardstick:
         return ""
 
 
+def names() -> list[str]:
+    """What `check` takes: the rungs in order, then ``"backward:clear"`` and its like."""
+    return [*ladder.names(), *(BACKWARD + variant for variant in backward.VARIANTS)]
+
+
+def check_name(variant: str) -> None:
+    """Raise `ValueError` unless `variant` is one of `names`."""
+    if variant not in names():
+        raise ValueError(f"unknown variant {variant!r}: use one of {', '.join(names())}")
+
+
+def most_macs(variant: str, device: str) -> int:
+    """Multiply-adds of the largest case that suits a variant on ``"cuda"`` or ``"cpu"``."""
+    if device == "cuda":
+        return GPU_MACS
+    return SIMULATOR_GRADIENT_MACS if variant.startswith(BACKWARD) else SIMULATOR_MACS
+
+
 def check(case: Case, variant: str, device: str | torch.device = "cpu") -> Result:
-    """Run one rung on one case and judge it.
+    """Run one rung, or one variant of the backward pass, on one case and judge it.
 
     Parameters
     ----------
     case : Case
     variant : str
-        Name of a rung.
+        One of `names`; those of the backward pass go to `check_gradients`.
     device : str or torch.device
         ``"cpu"`` runs the kernels in the simulator.
 
@@ -523,9 +543,12 @@ def check(case: Case, variant: str, device: str | torch.device = "cpu") -> Resul
     Raises
     ------
     ValueError
-        No rung has that name.
+        No variant has that name; the message names those there are.
     """
-    reason = ladder.get(variant).obstacle(case.spec, ladder.capability())
+    check_name(variant)
+    if variant.startswith(BACKWARD):
+        return check_gradients(case, device, variant.removeprefix(BACKWARD))
+    reason = ladder.get(variant).obstacle(case.spec, ladder.capability(torch.device(device)))
     if reason is not None:
         return Result("skipped", reason=reason)
 
@@ -621,7 +644,9 @@ class NanInEmpty(TorchDispatchMode):
 # ---- judging gradients ------------------------------------------------------------------------
 
 
-def check_gradients(case: Case, device: str | torch.device = "cpu") -> Result:
+def check_gradients(
+    case: Case, device: str | torch.device = "cpu", variant: str = "clear"
+) -> Result:
     """Run the backward kernels on one case and judge every gradient.
 
     Parameters
@@ -630,16 +655,28 @@ def check_gradients(case: Case, device: str | torch.device = "cpu") -> Result:
         Of any family; those with NaN or infinities are ``"skipped"``.
     device : str or torch.device
         ``"cpu"`` runs the kernels in the simulator.
+    variant : str
+        One of `backward.VARIANTS`.
 
     Returns
     -------
     Result
         Its errors are those of the gradient that comes closest to its bound, or exceeds it most.
+        ``"skipped"`` where the variant has a limit that the case exceeds.
+
+    Raises
+    ------
+    ValueError
+        No variant has that name; the message names those there are.
     """
-    return judge_gradients(case, _backward(case), device, _backward(case, _shuffled(case)))
+    capability = ladder.capability(torch.device(device))
+    if (reason := backward.obstacle(variant, case.spec, capability)) is not None:
+        return Result("skipped", reason=reason)
+    compute, again = _backward(case, variant), _backward(case, variant, _shuffled(case))
+    return judge_gradients(case, compute, device, again)
 
 
-def _backward(case: Case, simulator: Simulator | None = None) -> ComputeGradients:
+def _backward(case: Case, variant: str, simulator: Simulator | None = None) -> ComputeGradients:
     def compute(tensors: Tensors, grad_out: Tensor) -> Sequence[Tensor | None]:
         x, weight, bias, gamma, beta = (t is not None for t in tensors)
         return backward.run(
@@ -648,6 +685,7 @@ def _backward(case: Case, simulator: Simulator | None = None) -> ComputeGradient
             spec=case.spec,
             seed=case.dropout_seed,
             wanted=(x, weight, bias, gamma, beta),
+            variant=variant,
             simulator=simulator,
         )
 
@@ -668,11 +706,11 @@ def judge_gradients(
     if case.family == "nonfinite":
         return Result("skipped", reason="gradients of NaN and infinities are not compared")
     tensors, grad_out, keep = case.tensors(device), case.grad_out(device), case.keep_mask(device)
-    rulers = _gradient_yardsticks(case.spec, tensors, grad_out, keep)
+    rulers = gradient_yardsticks(case.spec, tensors, grad_out, keep)
     try:
         with NanInEmpty():
             found = compute(tensors, grad_out)
-        result = _judge_each(found, rulers)
+        result = judge_each(found, rulers)
         if result.ok and again is not None:
             return _compare_each(found, again(tensors, grad_out), result)
         return result
@@ -680,9 +718,12 @@ def judge_gradients(
         return Result("failed", reason=_crash(problem))
 
 
-def _judge_each(found: Sequence[Tensor | None], rulers: list[Yardstick | None]) -> Result:
-    """The first gradient that fails, or else the one that comes closest to its bound."""
-    worst = Result("ok", 0.0, 0.0, math.inf)
+def judge_each(found: Sequence[Tensor | None], rulers: Sequence[Yardstick | None]) -> Result:
+    """The first of the five gradients that fails, or else the one that comes closest to its bound.
+
+    Where there is no ruler, none is asked for.
+    """
+    results = []
     for name, gradient, ruler in zip(backward.NAMES, found, rulers, strict=True):
         if ruler is None:
             continue
@@ -691,8 +732,8 @@ def _judge_each(found: Sequence[Tensor | None], rulers: list[Yardstick | None]) 
         result = ruler.judge(gradient)
         if not result.ok:
             return replace(result, reason=f"gradient of {name}: {result.reason}")
-        worst = max(worst, result, key=lambda r: r.error / r.bound)
-    return worst
+        results.append(result)
+    return max(results, key=lambda r: r.error / r.bound)
 
 
 def _compare_each(
@@ -705,7 +746,7 @@ def _compare_each(
     return result
 
 
-def _gradient_yardsticks(
+def gradient_yardsticks(
     spec: BlockSpec, tensors: Tensors, grad_out: Tensor, keep_mask: Tensor | None
 ) -> list[Yardstick | None]:
     """As `yardstick`, for each of the five gradients; None where there is no such tensor."""
@@ -717,12 +758,12 @@ def _gradient_yardsticks(
         return mirrored(spec, operands, keep_mask)
 
     generator = torch.Generator(tensors.x.device).manual_seed(0)
-    with full_precision():
-        exact = _gradients(plain, tensors.map(Tensor.double), grad_out.double())
-        samples = [_gradients(f, tensors, grad_out) for f in (plain, mirror)]
+    exact = gradients(plain, tensors.map(Tensor.double), grad_out.double())
+    with full_precision(), _rounding(spec):
+        samples = [gradients(f, tensors, grad_out) for f in (plain, mirror)]
         for _ in range(SAMPLES):
             nudged = tensors.map(lambda t: _nudged(t, generator))
-            samples.append(_gradients(plain, nudged, _nudged(grad_out, generator)))
+            samples.append(gradients(plain, nudged, _nudged(grad_out, generator)))
     rulers: list[Yardstick | None] = []
     for reference, *others in zip(exact, *samples, strict=True):
         if reference is None:
@@ -733,10 +774,10 @@ def _gradient_yardsticks(
     return rulers
 
 
-def _gradients(
+def gradients(
     evaluate: Callable[[Tensors], Tensor], tensors: Tensors, grad_out: Tensor
 ) -> list[Tensor | None]:
-    """Autograd's."""
+    """Autograd's of the five operands; None where there is no such tensor."""
     leaves = tensors.map(lambda t: t.detach().requires_grad_())
     present = [t for t in leaves if t is not None]
     found = iter(torch.autograd.grad(evaluate(leaves), present, grad_out))
@@ -766,19 +807,16 @@ def yardstick(spec: BlockSpec, tensors: Tensors, keep_mask: Tensor | None) -> Ya
     """The fp64 answer of a call and PyTorch's own error in the call's dtype.
 
     In fp64 there is nothing more precise to measure PyTorch against, so its evaluations are
-    compared with the first of them: what they differ by is rounding. For precision "tf32" PyTorch
-    is given operands of the convolution that are rounded to TF32, which is what cuDNN does.
+    compared with the first of them: what they differ by is rounding.
     """
     wide = tensors.map(Tensor.double)
     dtype = getattr(torch, spec.dtype)
     narrow = tensors.map(lambda t: t.to(dtype))
     generator = torch.Generator(tensors.x.device).manual_seed(0)
     samples = FEW_SAMPLES if math.prod(spec.output_shape) > MANY_VALUES else SAMPLES
-    with torch.no_grad(), full_precision():
+    with torch.no_grad():
         reference = chain(spec, *wide, keep_mask)
-        if spec.precision == "tf32" and spec.dtype == "float32":
-            x, weight = rounded_to_tf32(narrow.x), rounded_to_tf32(narrow.weight)
-            narrow = narrow._replace(x=x, weight=weight)
+    with torch.no_grad(), full_precision(), _rounding(spec):
         errors = [
             relative_error(chain(spec, *narrow, keep_mask), reference),
             relative_error(mirrored(spec, narrow, keep_mask), reference),
@@ -787,6 +825,49 @@ def yardstick(spec: BlockSpec, tensors: Tensors, keep_mask: Tensor | None) -> Ya
             nudged = narrow.map(lambda t: _nudged(t, generator))
             errors.append(relative_error(chain(spec, *nudged, keep_mask), reference))
     return Yardstick(reference, max(errors), spec.dtype)
+
+
+def clear_of_bounds(spec: BlockSpec, tensors: Tensors, gradient: Tensor, *more: float) -> None:
+    """Set a gradient of the output to zero where rounding could move h across a bound, in place.
+
+    `more` are values of h to keep clear of besides the spec's three bounds.
+    """
+    unbounded = replace(spec, min_value=-math.inf, max_value=math.inf, cap=math.inf, training=False)
+    with torch.no_grad(), full_precision():
+        h = chain(unbounded, *tensors, keep_mask=None)
+    margin = TF32_MARGIN if _takes_tf32(spec) else MARGIN
+    for bound in (spec.min_value, spec.max_value, spec.cap, *more):
+        gradient.masked_fill_((h - bound).abs() < margin, 0.0)
+
+
+def _takes_tf32(spec: BlockSpec) -> bool:
+    """Whether the products may be of operands in TF32; those in fp64 stay what they are."""
+    return spec.precision == "tf32" and spec.dtype == "float32"
+
+
+def _rounding(spec: BlockSpec) -> AbstractContextManager[object]:
+    """What PyTorch's convolutions do to their operands where the spec's precision allows it."""
+    return ConvolutionsInTf32() if _takes_tf32(spec) else nullcontext()
+
+
+class ConvolutionsInTf32(TorchDispatchMode):
+    """Convolutions of fp32 tensors take operands rounded to TF32, and so do their gradients.
+
+    That is what cuDNN does on tensor cores, and on the CPU nobody else. The gradient of the bias is
+    a sum without products: nothing of it is rounded.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.convolution.default:
+            return func(*map(rounded_to_tf32, args[:2]), *args[2:], **kwargs)
+        if func is torch.ops.aten.convolution_backward.default:
+            *of_products, _ = func(*map(rounded_to_tf32, args[:3]), *args[3:], **kwargs)
+            of_bias = func(*args[:-1], (False, False, args[-1][2]), **kwargs)[2]
+            return *of_products, of_bias
+        return func(*args, **kwargs)
 
 
 def rounded_to_tf32(t: Tensor) -> Tensor:

@@ -20,12 +20,15 @@ from numba.cuda import dispatcher
 from test_backward import (
     ALL,
     H200,
+    MARGIN,
     SEED,
     TRAINING,
     assert_accurate,
     autograd,
     bits,
     error,
+    problem,
+    random_cases,
     random_gradient,
     run,
 )
@@ -41,6 +44,7 @@ from numba_fused.device.cubins import describe
 from numba_fused.ladder import tensor_cores
 from numba_fused.simulator import Simulator
 from numba_fused.spec import BlockSpec
+from numba_fused.verify import Case
 
 Call = tuple[BlockSpec, Operands, Tensor]
 
@@ -94,6 +98,51 @@ def test_tf32_is_as_good_as_its_operands(case: str) -> None:
         assert found is not None
         assert wanted is not None
         assert error(found, wanted) <= TF32_ERROR * float(wanted.norm()), name
+
+
+def able(count: int) -> list[Case]:
+    """Those of the verify generator's GPU-sized problems that the tiles can run."""
+    problems = random_cases(count, max_macs=20_000_000)
+    specs = [(case, case.spec) for case in problems if case.spec.precision == "ieee"]
+    return [case for case, spec in specs if tensor_core.limit(spec) is None]
+
+
+def test_enough_of_the_random_problems_can_be_run() -> None:
+    assert len(able(600)) >= 20
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", able(600), ids=lambda case: case.index)
+def test_random_problems_on_the_gpu(case: Case) -> None:
+    """Right, and every bit the same in every run."""
+    call = problem(case, "cuda")
+    found = gradients(call)
+    assert_accurate(found, *call)
+    assert bits(gradients(call)) == bits(found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_the_benchmark_case_on_the_gpu(precision: str) -> None:
+    """Eight samples of it, through autograd: forward keeps the statistics."""
+    operands = random_operands((8, 3, 16, 64, 64), (16, 3, 3, 3, 3))
+    operands = Operands(*(t.cuda() for t in operands if t is not None))
+    spec = spec_for(operands, num_groups=8, precision=precision, **TRAINING)
+    margin = TF32_MARGIN if precision == "tf32" else MARGIN
+    grad_out = random_gradient(spec, operands, margin)
+    leaves = [t.requires_grad_() for t in operands if t is not None]
+    out = nf.fused_conv_group_norm_min_clamp_dropout(
+        *leaves, num_groups=8, seed=SEED, precision=precision, **BOUNDS, **TRAINING
+    )
+    found = torch.autograd.grad(out, leaves, grad_out)
+    operands = Operands(*(t.detach() for t in leaves))
+    if precision == "ieee":
+        assert_accurate(list(found), spec, operands, grad_out)
+        return
+    exact = autograd(spec, operands.to(torch.float64), grad_out.double())
+    for name, one, wanted in zip(backward.NAMES, found, exact, strict=True):
+        assert wanted is not None
+        assert error(one, wanted) <= TF32_ERROR * float(wanted.norm()), name
 
 
 def test_races_and_order() -> None:
@@ -318,9 +367,7 @@ def test_limits_are_told(
 
 
 def test_an_unknown_variant_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match="unknown backward variant 'quick': use one of clear, "
-    ):
+    with pytest.raises(ValueError, match="unknown backward variant 'quick': use one of clear, "):
         run(*make("kernel 1"), variant="quick")
 
 

@@ -37,6 +37,7 @@ def row(
         "dropout_p": 0.2,
         "dtype": "float32",
         "precision": "ieee",
+        "backward": False,
         "p20_ms": p50_ms and 0.9 * p50_ms,
         "p50_ms": p50_ms,
         "p80_ms": p50_ms and 1.1 * p50_ms,
@@ -729,18 +730,6 @@ def test_gradient_of_the_output_avoids_the_bounds_and_zero(precision: str, margi
     assert 0 < int((gradient == 0).sum()) < 0.05 * gradient.numel()
     assert not torch.equal(gradient, bench.random_grad_out(spec, tensors, 1))
     assert torch.equal(gradient, bench.random_grad_out(spec, tensors, 0))
-
-
-def test_gradients_may_be_off_by_what_tf32_makes_of_the_operands(tiny: bench.Workload) -> None:
-    spec, tensors = replace(tiny.spec, precision="tf32"), tiny.inputs[0]
-    grad_out = bench.random_grad_out(spec, tensors, 0)
-    exact, loose = (
-        bench.gradient_yardsticks(s, tensors, grad_out, tiny.keep_mask) for s in (tiny.spec, spec)
-    )
-    assert len(loose) == 5
-    for narrow, wide in zip(exact, loose, strict=True):
-        assert torch.equal(narrow.reference, wide.reference)
-        assert narrow.bound < 1e-5 < 1e-4 < wide.bound < 0.05
 
 
 def test_right_gradients_are_computed_once_for_all_variants(

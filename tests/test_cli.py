@@ -63,6 +63,7 @@ def test_module_and_help_of_every_command() -> None:
         ["verify", "--count", "0"],
         ["verify", "--count", "many"],
         ["verify", "--variant", "fast"],
+        ["verify", "--variant", "backward:fast"],
         ["verify", "--device", "tpu"],
         ["verify", "--dtype", "float16"],
         ["verify", "--max-macs", "7"],
@@ -95,7 +96,7 @@ def test_bad_usage_is_one_line_that_names_the_fix() -> None:
     result = numba_fused("verify", "--variant", "fast")
     assert result.output.startswith("numba-fused: unknown variant 'fast'")
     assert result.output.count("\n") == 1
-    assert all(name in result.output for name in ladder.names())
+    assert all(name in result.output for name in verify.names())
 
 
 # ---- demo -------------------------------------------------------------------------------------
@@ -174,6 +175,61 @@ def test_verify_failure_prints_a_reproducer_that_fails_too(monkeypatch: pytest.M
     again = numba_fused(*found[1].split(), "--device", "cpu", "--json")
     assert again.exit_code == 1
     assert [row["case"] for row in json.loads(again.stdout)["results"]] == [2]
+
+
+def test_verify_judges_rungs_and_the_backward_pass_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every name in one table; a wrong gradient is a failure like any other."""
+
+    def check(case: verify.Case, variant: str, device: str) -> verify.Result:
+        wrong = variant == "backward:clear"
+        return (
+            verify.Result("failed", reason="off") if wrong else verify.Result("ok", 1.0, 1.0, 2.0)
+        )
+
+    monkeypatch.setattr(verify, "check", check)
+    result = numba_fused(*SMALL, "--count", "2")
+    assert result.exit_code == 1
+    table = [line.split()[:3] for line in result.output.splitlines()]
+    for name in verify.names():
+        assert [name, *(("0", "2") if name == "backward:clear" else ("2", "0"))] in table
+    assert result.output.count("--variant backward:clear\n") == 2
+
+
+def test_verify_runs_the_backward_variant_it_is_told_to() -> None:
+    chosen = (*SMALL, "--only", "1", "--variant", "backward:clear")
+    result = numba_fused(*chosen, "--variant", "backward:tensor_core", "--json")
+    assert result.exit_code == 0, result.output
+    clear, tensor_core = json.loads(result.stdout)["results"]
+    assert (clear["variant"], clear["status"]) == ("backward:clear", "ok")
+    assert 0 < clear["error"] <= clear["bound"]
+    assert (tensor_core["variant"], tensor_core["status"]) == ("backward:tensor_core", "skipped")
+    assert tensor_core["reason"]
+
+
+def test_verify_gives_the_backward_pass_smaller_cases_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And its reproducer draws the same case again."""
+    drawn: list[verify.Case] = []
+
+    def check(case: verify.Case, variant: str, device: str) -> verify.Result:
+        drawn.append(case)
+        return verify.Result("failed", reason="off")
+
+    monkeypatch.setattr(verify, "check", check)
+    chosen = ("--variant", "split", "--variant", "backward:clear")
+    result = numba_fused("verify", "--device", "cpu", "--only", "5", *chosen)
+    assert [c.max_macs for c in drawn] == [verify.SIMULATOR_MACS, verify.SIMULATOR_GRADIENT_MACS]
+    assert verify.most_macs("backward:clear", "cuda") == verify.GPU_MACS
+    for line in re.findall(r"numba-fused (verify .*)", result.output):
+        numba_fused(*line.split(), "--device", "cpu")
+    assert drawn[2:] == drawn[:2]
+
+
+def test_verify_help_spells_a_backward_variant() -> None:
+    assert "such as backward:clear" in " ".join(
+        numba_fused("verify", "--help").stdout.replace("│", " ").split()
+    )
 
 
 # ---- explain, env -----------------------------------------------------------------------------

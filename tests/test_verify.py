@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import conv1d
+from torch.nn.grad import conv1d_input, conv1d_weight
 
 from numba_fused import ladder, rng, verify
 from numba_fused.ladder import rung_8_split
@@ -459,6 +461,7 @@ def test_check_repeats_and_crosses_a_quarter_of_the_cases_each(
         if wrong:
             out += 1
 
+    monkeypatch.setattr(verify, "check_name", lambda name: None)
     monkeypatch.setattr(ladder, "get", lambda name: ladder.rungs()[0])
     monkeypatch.setattr(ladder, "run", run)
     plain = [c for c in MANY if c.family == "normal" and c.spec.precision == "ieee"]
@@ -494,15 +497,99 @@ def test_pytorchs_gradients_pass() -> None:
         assert result.status == "skipped" or result.error <= result.bound
 
 
-def test_gradient_of_the_output_keeps_clear_of_the_bounds() -> None:
-    gradient, tensors = TELLING.grad_out(), TELLING.tensors()
-    assert torch.equal(gradient, TELLING.grad_out())
-    unbounded = dataclasses.replace(
-        TELLING.spec, min_value=-math.inf, max_value=math.inf, cap=math.inf, training=False
+@pytest.mark.parametrize(("precision", "margin"), [("ieee", 1e-3), ("tf32", 1e-2)])
+def test_gradient_of_the_output_keeps_clear_of_the_bounds(precision: str, margin: float) -> None:
+    fp32 = [c for c in MANY if c.spec.dtype == "float32" and c.family == "normal"]
+    cleared = 0
+    for case in (of_precision(c, precision) for c in fp32[:20]):
+        spec, gradient = case.spec, case.grad_out()
+        assert torch.equal(gradient, case.grad_out())
+        unbounded = dataclasses.replace(
+            spec, min_value=-math.inf, max_value=math.inf, cap=math.inf, training=False
+        )
+        h = chain(unbounded, *case.tensors().map(Tensor.double), None)
+        bounds = (spec.min_value, spec.max_value, spec.cap)
+        near = torch.stack([(h - bound).abs() for bound in bounds]).amin(dim=0) < margin
+        assert torch.equal(gradient == 0, near)
+        cleared += int(near.sum())
+    assert cleared > 0
+
+
+def of_precision(case: Case, precision: str) -> Case:
+    return dataclasses.replace(case, spec=dataclasses.replace(case.spec, precision=precision))
+
+
+def in_tf32(case: Case) -> Callable[[Tensors, Tensor], list[Tensor | None]]:
+    """PyTorch's gradients as cuDNN computes them where it may use TF32."""
+
+    def compute(tensors: Tensors, grad_out: Tensor) -> list[Tensor | None]:
+        with verify.ConvolutionsInTf32():
+            return autograd(case)(tensors, grad_out)
+
+    return compute
+
+
+def test_gradients_in_tf32_pass_where_that_is_asked_for_alone() -> None:
+    chosen = [c for c in MANY if c.spec.dtype == "float32" and c.family == "normal"]
+    for case in chosen[:20]:
+        loose = verify.judge_gradients(of_precision(case, "tf32"), in_tf32(case))
+        assert loose.status == "ok", f"{case}: {loose.reason}"
+    strict = verify.judge_gradients(of_precision(TELLING, "ieee"), in_tf32(TELLING))
+    assert strict.reason.startswith("gradient of x: error")
+
+
+def test_operands_in_tf32_are_all_that_precision_tf32_excuses() -> None:
+    """Wider bounds for what follows from convolutions, and wide for nothing else."""
+    case = of_precision(TELLING, "tf32")
+    grad_out, operands = case.grad_out(), (case.tensors(), case.keep_mask())
+    strict, loose = (
+        verify.gradient_yardsticks(spec, operands[0], grad_out, operands[1])
+        for spec in (TELLING.spec, case.spec)
     )
-    h = chain(unbounded, *tensors, None)
-    assert ((h - TELLING.spec.cap).abs()[gradient != 0] > verify.MARGIN / 2).all()
-    assert (gradient != 0).double().mean() > 0.9
+    bounds = {}
+    for name, narrow, wide in zip(verify.backward.NAMES, strict, loose, strict=True):
+        assert narrow is not None
+        assert wide is not None
+        assert torch.equal(narrow.reference, wide.reference)
+        assert narrow.bound < 2e-5
+        bounds[name] = wide.bound
+    assert bounds.pop("beta") < 1e-5  # a sum of grad_out
+    assert all(1e-4 < bound < 0.02 for bound in bounds.values()), bounds
+
+
+def test_only_fp32_is_rounded_to_tf32() -> None:
+    case = next(c for c in MANY if c.spec.dtype == "float64" and c.family == "normal")
+    spec, tensors = of_precision(case, "tf32").spec, case.tensors()
+    rulers = verify.gradient_yardsticks(spec, tensors, case.grad_out(), case.keep_mask())
+    assert rulers[1] is not None
+    assert rulers[1].bound < 1e-9
+    assert verify.yardstick(spec, tensors, case.keep_mask()).bound < 1e-9
+
+
+def test_convolutions_in_tf32_round_what_they_multiply_and_nothing_else() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, gradient = (
+        torch.randn(shape, generator=generator) for shape in ((2, 3, 9), (4, 3, 2), (4,), (2, 4, 8))
+    )
+    rounded_x, rounded_weight, rounded_gradient = map(verify.rounded_to_tf32, (x, weight, gradient))
+    for leaf in (x, weight, bias):
+        leaf.requires_grad_()
+    with verify.ConvolutionsInTf32():
+        z = conv1d(x, weight, bias)
+        found = torch.autograd.grad(z, (x, weight, bias), gradient)
+    assert torch.equal(z, conv1d(rounded_x, rounded_weight, bias))
+    assert not torch.allclose(z, conv1d(x, weight, bias), atol=1e-5)
+    dx = conv1d_input(x.shape, rounded_weight, rounded_gradient)
+    dweight = conv1d_weight(rounded_x, weight.shape, rounded_gradient)
+    torch.testing.assert_close(found, (dx, dweight, gradient.sum((0, 2))))
+
+
+def test_gradients_that_are_zero_throughout_have_a_bound_too() -> None:
+    case = next(c for c in MANY if c.spec.draws and c.spec.dropout_p == 1 and c.family == "normal")
+    result = verify.judge_gradients(case, autograd(case))
+    least = verify.LEAST_ERROR[case.spec.dtype]
+    assert (result.status, result.error) == ("ok", 0.0)
+    assert 2 * least <= result.bound <= 3 * least
 
 
 WRONG_GRADIENTS: dict[str, tuple[Callable[[Tensor], Tensor | None], str]] = {
@@ -555,11 +642,49 @@ def test_crash_of_a_backward_pass_is_a_failure() -> None:
     assert verify.judge_gradients(TELLING, crash).reason == "IndexError: index 7 is out of range"
 
 
-def test_backward_kernels_pass() -> None:
-    small = (c for c in cases(6, 200, max_macs=1000) if math.prod(c.spec.weight_shape) < 30)
-    for case in itertools.islice((c for c in small if c.family != "nonfinite"), 4):
-        result = verify.check_gradients(case)
+def runs(case: Case, variant: str) -> bool:
+    """Whether a variant of the backward pass can run the case, and has something to show."""
+    told = verify.backward.obstacle(variant, case.spec, ladder.H200_CAPABILITY) is None
+    return told and case.family != "nonfinite" and bool(case.grad_out().any())
+
+
+@pytest.mark.parametrize(
+    ("variant", "precision", "count"),
+    [("clear", "ieee", 4), ("tensor_core", "ieee", 1), ("tensor_core", "tf32", 1)],
+)
+def test_backward_kernels_pass(variant: str, precision: str, count: int) -> None:
+    small = (c for c in cases(6, 400, max_macs=1000) if math.prod(c.spec.weight_shape) < 30)
+    chosen = (c for c in small if c.spec.precision == precision and runs(c, variant))
+    for case in itertools.islice(chosen, count):
+        result = verify.check_gradients(case, variant=variant)
         assert result.status == "ok", f"{case}: {result.reason}"
+        assert 0 < result.error <= result.bound < math.inf
+
+
+def test_the_variant_asked_for_is_the_one_that_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice, and by its name among the rungs' too."""
+    ran = []
+
+    def run(*operands: Tensor, variant: str, **_: object) -> list[Tensor | None]:
+        ran.append(variant)
+        return [None] * 5
+
+    monkeypatch.setattr(verify.backward, "run", run)
+    monkeypatch.setattr(verify.backward, "obstacle", lambda *_: None)
+    for variant in verify.backward.VARIANTS:
+        reason = "gradient of x: none"
+        assert verify.check_gradients(TELLING, variant=variant).reason == reason
+        assert check(TELLING, f"backward:{variant}").reason == reason
+    assert ran == [v for v in verify.backward.VARIANTS for _ in range(2)]
+
+
+def test_what_a_backward_variant_cannot_run_is_skipped_with_its_reason() -> None:
+    case = next(c for c in MANY if c.spec.dtype == "float64")
+    result = check(case, "backward:tensor_core")
+    assert (result.status, result.ok) == ("skipped", True)
+    assert "x is float64" in result.reason
+    with pytest.raises(ValueError, match="unknown backward variant 'quick'"):
+        verify.check_gradients(case, variant="quick")
 
 
 # ---- rungs ------------------------------------------------------------------------------------
@@ -572,9 +697,11 @@ def test_rungs_pass(case: Case) -> None:
         assert result.ok, f"{case.reproducer(name)}: {result.reason}"
 
 
-def test_unknown_rung_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"unknown variant 'fast'.*one_kernel"):
-        check(TELLING, "fast")
+def test_unknown_name_is_an_error() -> None:
+    for name in ("fast", "backward:fast", "clear"):
+        with pytest.raises(ValueError, match=f"unknown variant '{name}'") as told:
+            check(TELLING, name)
+        assert str(told.value).endswith(", ".join(verify.names()))
 
 
 def test_limit_is_a_skip(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -326,7 +326,7 @@ GRADIENTS = (
         line="operands.seed,",
         instead="operands.seed.clone().random_(),",
         runs=BACKWARD,
-        passes=NaiveTest("gradcheck, which wants p = 0", {"dropout_p": 0.0}),
+        passes=NaiveTest("gradcheck with p = 0", {"dropout_p": 0.0}),
     ),
 )
 
