@@ -647,6 +647,7 @@ def measure(
         if variant == EAGER:
             return row | baseline(workload, compiled=False)
         if backward:
+            row["differentiates"] = plan.choose_backward(workload.spec) or EAGER
             return row | _measure_variant_step(workload, variant)
         return row | _measure_rung(workload, variant, rung.name, threads_per_block)
     except Exception as problem:  # a crash is a row with its reason, not a hole

@@ -33,6 +33,7 @@ COLUMNS = {
     "case": "name of the benchmark case",
     "variant": "rung, torch.compile, or auto",
     "runs": "the rung that auto chose",
+    "differentiates": "with backward: the variant of numba_fused.backward; empty for PyTorch's own",
     "status": "ok, failed (wrong or crashed) or skipped (cannot run)",
     "reason": "why it failed or was skipped",
     "x_shape": "N x C x spatial",
@@ -86,11 +87,14 @@ COLUMNS = {
 # Files written before these columns were have them empty.
 ADDED = {
     *("stride", "padding", "dilation", "groups", "min_value", "max_value", "cap"),
-    *("backward", "seconds"),
+    *("backward", "differentiates", "seconds"),
     *("forward_peak_extra_bytes", "gradient_error", "gradient_error_bound"),
 }
 # What pandas must not take for numbers, even where all of a file's values look like them.
-TEXT = ("reason", "runs", "x_shape", "weight_shape", "stride", "padding", "dilation", "cuda")
+TEXT = (
+    *("reason", "runs", "differentiates", "x_shape", "weight_shape"),
+    *("stride", "padding", "dilation", "cuda"),
+)
 
 
 class Key(NamedTuple):

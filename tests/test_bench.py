@@ -635,6 +635,8 @@ def test_both_passes_are_timed_and_all_gradients_judged(
     # They are the forward pass's, and of a launch that the public function does not make.
     assert not {"launches", "ledger_bytes", "threads_per_block"} & measured.keys()
     assert measured.get("runs") == ("epilogue" if variant == "auto" else None)
+    by = plan.choose_backward(tiny.spec) if variant in ("auto", "epilogue") else None
+    assert measured.get("differentiates") == by
     assert measured.keys() < results.COLUMNS.keys()
 
 
@@ -780,6 +782,7 @@ def test_out_of_memory_in_either_pass_is_a_row_with_its_reason(
     assert measured == {
         "status": "failed",
         "reason": "out of memory: CUDA out of memory Tried to allocate 9 GiB",
+        "differentiates": plan.choose_backward(tiny.spec),
     }
 
 
