@@ -53,14 +53,14 @@ TF32_MARGIN, TF32_ERROR = 2e-2, 1e-3
 
 # name: (x shape, weight shape, arguments)
 CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
-    "3-D, padding": ((1, 2, 3, 4, 7), (4, 2, 3, 3, 2), {"padding": 1}),
-    "2-D": ((2, 3, 6, 20), (4, 3, 3, 3), {}),
-    "1-D, even kernel": ((3, 4, 30), (6, 4, 4), {"padding": 2, "num_groups": 3}),
+    "3-D, padding": ((1, 2, 3, 3, 5), (4, 2, 3, 2, 3), {"padding": 1}),
+    "2-D": ((2, 2, 4, 18), (4, 2, 3, 3), {}),
+    "1-D, even kernel": ((3, 4, 20), (6, 4, 4), {"padding": 2, "num_groups": 3}),
     "two sets of channels": ((1, 2, 3, 9), (20, 2, 2, 2), {"num_groups": 5}),
     "kernel 1": ((2, 3, 2, 7), (4, 3, 1, 1), {}),
     "padding beyond the kernel": ((1, 1, 2, 3), (2, 1, 2, 2), {"num_groups": 1, "padding": 3}),
-    "rows beyond a tile": ((1, 1, 20, 3), (2, 1, 3, 1), {"num_groups": 1}),
-    "columns beyond a tile": ((1, 1, 2, 140), (2, 1, 1, 3), {"num_groups": 1}),
+    "rows beyond a tile": ((1, 1, 19, 3), (2, 1, 3, 1), {"num_groups": 1}),
+    "columns beyond a tile": ((1, 1, 2, 70), (2, 1, 1, 3), {"num_groups": 1}),
     "two sets of rows": ((1, 7, 4, 2, 4), (4, 7, 3, 2, 1), {}),
     "taps for two blocks": ((1, 12, 3, 10), (2, 12, 3, 3), {"num_groups": 1}),
 }
@@ -179,7 +179,7 @@ def test_operands_of_any_magnitude(scale: float) -> None:
 
 def test_samples_of_different_magnitude() -> None:
     """Each has a scale of its own: the small one's dx keeps its digits beside the large one's."""
-    spec, operands, grad_out = make("2-D")
+    spec, operands, grad_out = make("kernel 1")
     grad_out = grad_out * torch.tensor([1.0, 2.0**-40]).view(2, 1, 1, 1)
     dx, *_ = gradients((spec, operands, grad_out), wanted=(True, False, False, False, False))
     exact, *_ = autograd(spec, operands.to(torch.float64), grad_out.double())
@@ -190,7 +190,7 @@ def test_samples_of_different_magnitude() -> None:
 
 def test_what_is_not_a_number_goes_where_torch_sends_it() -> None:
     """A NaN of grad_out poisons its group of its sample, even where it was dropped."""
-    spec, operands, grad_out = make("2-D")
+    spec, operands, grad_out = make("kernel 1")
     keep = torch.from_numpy(nf.keep_mask(SEED, spec.output_shape, spec.dropout_p))
     dropped = (~keep[1, 3]).nonzero()
     found = False
@@ -247,7 +247,7 @@ def test_runs_of_samples_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_statistics_of_forward_are_used_where_given() -> None:
-    call = spec, operands, _ = make("2-D")
+    call = spec, operands, _ = make("kernel 1")
     x, weight, bias, _, _ = operands.to(torch.float64)
     z = torch.nn.functional.conv2d(x, weight, bias)
     variance, mean = torch.var_mean(z.view(-1, spec.group_size), dim=1, correction=0)
@@ -260,7 +260,7 @@ def test_statistics_of_forward_are_used_where_given() -> None:
 @pytest.mark.parametrize(
     ("case", "wanted", "has_statistics"),
     [
-        ("2-D", ALL, False),
+        ("1-D, even kernel", ALL, False),
         ("taps for two blocks", ALL, True),
         ("kernel 1", (False, True, True, False, True), False),
     ],
@@ -410,6 +410,7 @@ KERNELS = {
     (precision, architecture): recorded(precision, architecture)
     for precision in PRECISIONS
     for architecture in ARCHITECTURES
+    if precision == "ieee" or architecture == "sm_90a"  # compiling takes seconds
 }
 UNIQUE = [
     pytest.param(*key, name, marks=pytest.mark.slow if key[1] == "sm_80" else ())
