@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from numba_fused import backward as gradient_kernels
 from numba_fused import ladder, ops, plan, results, rng
 from numba_fused.reference import chain, convolution_precision
 from numba_fused.results import AUTO, COMPILED, EAGER, Row, variants
@@ -63,6 +64,7 @@ SAMPLE_MS = 3.0  # a timed sample is at least this long: event resolution is 0.5
 MIN_SETS = 3
 # What PyTorch may be off by where it may use TF32, as it does by default.
 TF32_BASELINE_BOUND = 2e-3
+ALL_GRADIENTS: gradient_kernels.Wanted = (True, True, True, True, True)
 # PyTorch's gradients may be off by this many times what a rung's may be. torch.compile sums in
 # another order than eager, and it is here to be timed: a wrong gradient is off by far more.
 BASELINE_SLACK = 5
@@ -639,7 +641,7 @@ def measure(
             row["runs"], threads_per_block = rung.name, ladder.DEFAULT_THREADS_PER_BLOCK
         if reason := rung.obstacle(workload.spec, ladder.capability()):
             return row | {"status": "skipped", "reason": reason}
-        if not backward:  # a rung's ledger and its block size are those of the forward pass
+        if not backward:  # a block size is that of the forward pass
             ledger = rung.ledger(workload.spec, threads_per_block)
             row |= {"launches": ledger.launches, "ledger_bytes": ledger.bytes_moved}
             if rung.takes_threads_per_block:
@@ -647,7 +649,7 @@ def measure(
         if variant == EAGER:
             return row | baseline(workload, compiled=False)
         if backward:
-            row["differentiates"] = plan.choose_backward(workload.spec) or EAGER
+            row |= _backward_columns(workload.spec, rung)
             return row | _measure_variant_step(workload, variant)
         return row | _measure_rung(workload, variant, rung.name, threads_per_block)
     except Exception as problem:  # a crash is a row with its reason, not a hole
@@ -655,6 +657,22 @@ def measure(
     finally:
         with contextlib.suppress(RuntimeError):  # of a GPU that is lost
             torch.cuda.empty_cache()
+
+
+def _backward_columns(spec: BlockSpec, rung: ladder.Rung) -> Row:
+    """Who differentiates, and both passes' ledgers together where there are two."""
+    variant = plan.choose_backward(spec)
+    if variant is None:
+        return {"differentiates": EAGER}
+    first = rung.ledger(spec)
+    second = gradient_kernels.ledger(
+        spec, ALL_GRADIENTS, has_statistics=rung.keeps_statistics, variant=variant
+    )
+    return {
+        "differentiates": variant,
+        "launches": first.launches + second.launches,
+        "ledger_bytes": first.bytes_moved + second.bytes_moved,
+    }
 
 
 def resolve(variant: str, spec: BlockSpec) -> str:

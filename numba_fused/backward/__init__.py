@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from numba_fused.backward import clear, library_conv, tensor_core
-from numba_fused.backward.clear import ledger
 from numba_fused.backward.operands import Operands, Wanted
 from numba_fused.ladder import capability, channel_vector, launcher_for
-from numba_fused.ladder.rung import once
+from numba_fused.ladder.rung import Ledger, once
 from numba_fused.reference import seed_tensor
 from numba_fused.spec import BlockSpec
 
@@ -53,6 +52,24 @@ def obstacle(variant: str, spec: BlockSpec, capability: tuple[int, int]) -> str 
         needed, found = ("{}.{}".format(*c) for c in (module.least_capability, capability))
         return f"it needs compute capability {needed}, and this GPU has {found}"
     return once(module.limit, spec)
+
+
+def ledger(
+    spec: BlockSpec, wanted: Wanted, *, has_statistics: bool, variant: str = "clear"
+) -> Ledger:
+    """Bytes and launches that a variant should need.
+
+    Parameters
+    ----------
+    spec : BlockSpec
+    wanted : tuple of bool
+        Which of the five gradients are computed.
+    has_statistics : bool
+        Whether forward kept mean and rstd.
+    variant : str
+        One of `VARIANTS` that can run `spec`.
+    """
+    return VARIANTS[variant].ledger(spec, wanted, has_statistics=has_statistics)
 
 
 def run(

@@ -502,8 +502,11 @@ def convolution_gradients(
 # ---- the ledger ---------------------------------------------------------------------------------
 
 
-def ledger(spec: BlockSpec, wanted: Wanted) -> Ledger:
-    """See the lesson; besides, the parameters, partial results and sums each kernel touches."""
+def ledger(spec: BlockSpec, wanted: Wanted, *, has_statistics: bool) -> Ledger:
+    """See the lesson; besides, the parameters, partial results and sums each kernel touches.
+
+    Statistics of forward change nothing: they are not looked at.
+    """
     if not any(wanted):
         return Ledger(0, 0, 0)
     tiling = Tiling(spec)
