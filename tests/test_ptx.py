@@ -669,6 +669,56 @@ def test_matrix_instructions_multiply_the_documented_fragments(
     assert np.allclose(found, expected, rtol=0, atol=2.0**-18)
 
 
+def one_product(a: float, b: float, c: float, kernel: Any, launch: Launch) -> float:
+    """``c`` and one product, by the first lane."""
+    words, out = np.zeros((WARP, 6), np.uint32), np.zeros((WARP, 4), np.float32)
+    both = np.array([a, b])
+    as_words = both.astype(np.float16).view(np.uint16) if kernel is mma_half_kernel else None
+    words[0, [0, 4]] = both.astype(np.float32).view(np.uint32) if as_words is None else as_words
+    launch(kernel, words, np.full((WARP, 4), c, np.float32), out)
+    return float(out[0, 0])
+
+
+@pytest.mark.parametrize("kernel", [mma_half_kernel, mma_tf32_kernel], ids=["half", "tf32"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_matrix_instructions_cut_off_what_does_not_fit(
+    launch: Launch, kernel: Any, sign: int
+) -> None:
+    """Towards zero: 1 + 2^-23 is the next number, and 1 + 1.75 * 2^-24 is not rounded to it.
+
+    Below 1 that is 1 - 2^-24, which less than 2^-25 does not lead to.
+    """
+    tiny = 2.0**-12
+    below = 1 - 2.0**-24
+    for factor, expected in ((2.0, 1 + 2.0**-23), (1.75, 1.0), (-0.5, below), (-0.25, 1.0)):
+        found = one_product(sign * factor * tiny, tiny, sign, kernel, launch)
+        assert found == sign * expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", [mma_half_kernel, mma_tf32_kernel], ids=["half", "tf32"])
+@pytest.mark.parametrize("spread", [0, 4])
+def test_the_simulator_adds_as_a_hopper_does(kernel: Any, spread: int) -> None:
+    """To the last bit; older GPUs add fewer products at a time and keep fewer bits."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the meaning of the matrix instructions is an H200's")
+    generator = np.random.default_rng(spread)
+    exponents = generator.integers(-spread, spread + 1, (100, WARP, 6, 2))
+    values = generator.normal(size=exponents.shape) * np.exp2(exponents)
+    if kernel is mma_half_kernel:
+        words = values.astype(np.float16).view(np.uint32)[..., 0]
+    else:
+        words = values[..., 0].astype(np.float32).view(np.uint32) & 0xFFFFE000
+    c = generator.normal(size=(100, WARP, 4)) * generator.choice([0, 1, 8, 64], (100, WARP, 4))
+    launcher = gpu_launcher(torch.device("cuda"))
+    for of_warp, sums in zip(words, c.astype(np.float32), strict=True):
+        simulated, out = np.zeros((2, WARP, 4), np.float32)
+        Simulator().launch(kernel, 1, WARP, of_warp, sums, simulated)
+        tensors = [torch.from_numpy(array).cuda() for array in (of_warp, sums, out)]
+        launcher(kernel, 1, WARP, *tensors)
+        assert np.array_equal(tensors[2].cpu().numpy(), simulated)
+
+
 # ---- what they compile to -----------------------------------------------------------------------
 
 F32, F64, U32, I32 = (t[::1] for t in (float32, float64, uint32, int32))

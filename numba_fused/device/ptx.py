@@ -374,13 +374,35 @@ def mma_tf32(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
     return _products(values, c0, c1, c2, c3)
 
 
+FLOAT_BITS, NO_EXPONENT = 24, -1000
+EXTRA_BITS = 2  # that a sum has below the last one of an fp32 value of the largest exponent
+
+
 def _products(values, c0, c1, c2, c3):
-    """Four results for the lane that asks; `values` is (g, t, word, part of the word)."""
+    """Four results for the lane that asks; `values` is (g, t, word, part of the word).
+
+    As an H200 adds them, to the last bit: products and C are shifted to the largest exponent among
+    them (a product's is the sum of its factors'), what then lies below the sum's last bits is cut
+    off, and so is the result's end. Errors all point towards zero: a long chain drifts.
+    """
     g, t = cuda.laneid // 4, cuda.laneid % 4
-    row, row_8 = values[g][:, [0, 2]], values[g][:, [1, 3]]
-    columns = values[2 * t][:, 4:], values[2 * t + 1][:, 4:]
-    sums = [np.sum(a * b) for a in (row, row_8) for b in columns]
-    return tuple(np.float32(c + s) for c, s in zip((c0, c1, c2, c3), sums, strict=True))
+    a = values[g][:, [[0, 2], [1, 3]]].transpose(1, 0, 2, 3).reshape(2, 1, -1)  # rows g, g + 8
+    b = values[2 * t : 2 * t + 2, :, 4:].reshape(1, 2, -1)
+    c = np.array((c0, c1, c2, c3), np.float64)
+    products = (a * b).reshape(4, -1)
+    exponents = (np.frexp(a)[1] + np.frexp(b)[1]).reshape(4, -1) - 1
+    exponents = np.where(products == 0, NO_EXPONENT, exponents).max(axis=1)
+    exponents = np.maximum(exponents, np.where(c == 0, NO_EXPONENT, np.frexp(c)[1]))
+    last_bit = np.ldexp(1.0, exponents - FLOAT_BITS - EXTRA_BITS)
+    cut = np.trunc(products / last_bit[:, None]).sum(axis=1) + np.trunc(c / last_bit)
+    return tuple(_towards_zero(cut * last_bit))
+
+
+def _towards_zero(values):
+    """fp64 values in fp32, their ends cut off."""
+    rounded = values.astype(np.float32)
+    beyond = np.abs(rounded) > np.abs(values)
+    return np.where(beyond, np.nextafter(rounded, np.float32(0)), rounded)
 
 
 # ---- asynchronous copies ----------------------------------------------------------------------
