@@ -63,6 +63,8 @@ CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "columns beyond a tile": ((1, 1, 2, 70), (2, 1, 1, 3), {"num_groups": 1}),
     "two sets of rows": ((1, 7, 4, 2, 4), (4, 7, 3, 2, 1), {}),
     "taps for two blocks": ((1, 12, 3, 10), (2, 12, 3, 3), {"num_groups": 1}),
+    "tiles in turn": ((1, 1, 2, 8, 4), (2, 1, 2, 2, 3), {"num_groups": 1, "padding": 1}),
+    "aligned copies, kernel 1": ((1, 2, 3, 4), (2, 2, 1, 1), {"num_groups": 1, "padding": 1}),
 }
 
 
@@ -86,6 +88,14 @@ def gradients(call: Call, **options: Any) -> list[Tensor | None]:
 @pytest.mark.parametrize("case", CASES)
 def test_error_is_at_most_twice_torchs_own(case: str) -> None:
     call = make(case)
+    assert_accurate(gradients(call), *call)
+
+
+def test_long_chains_drift_no_more_than_pytorchs() -> None:
+    """A value of dx is the sum of 360 products, which matrix instructions cut off."""
+    operands = random_operands((1, 1, 6, 7), (40, 1, 3, 3))
+    spec = spec_for(operands, num_groups=2, padding=1)
+    call = spec, operands, random_gradient(spec, operands)
     assert_accurate(gradients(call), *call)
 
 
@@ -145,9 +155,10 @@ def test_the_benchmark_case_on_the_gpu(precision: str) -> None:
         assert error(one, wanted) <= TF32_ERROR * float(wanted.norm()), name
 
 
-def test_races_and_order() -> None:
+@pytest.mark.parametrize("case", ["2-D", "tiles in turn"])
+def test_races_and_order(case: str) -> None:
     """No two threads disturb each other, and the order in which they run changes no bit."""
-    call = make("2-D")
+    call = make(case)
     found = gradients(call, simulator=Simulator())
     shuffled = Simulator(check_races=False, schedule_seed=3)
     assert bits(gradients(call, simulator=shuffled)) == bits(found)
@@ -280,6 +291,22 @@ def test_ledger_is_what_the_simulator_counts(
     assert len(simulator.launches) == ledger.launches
     assert simulator.bytes_read == pytest.approx(ledger.bytes_read, rel=0.1)
     assert simulator.bytes_written == pytest.approx(ledger.bytes_written, rel=0.1)
+
+
+def test_the_taps_of_an_instruction_have_banks_of_their_own() -> None:
+    """Eight taps want four words each of 32 banks: nearly all of them at once, for the benchmark's.
+
+    With rows one right after the other it takes four turns.
+    """
+    operands = random_operands((1, 3, 4, 5, 8), (4, 3, 3, 3, 3))
+    spec = spec_for(operands, num_groups=2, precision="tf32", **TRAINING)
+    simulator = Simulator(count=True, check_races=False)
+    wanted = (False, True, False, False, False)
+    grad_out = torch.ones(spec.output_shape)
+    gradients((spec, operands, grad_out), wanted=wanted, simulator=simulator)
+    (launch,) = (launch for launch in simulator.launches if launch.kernel == "weight_gradient")
+    (loads,) = (line for line in launch.lines if line.text.startswith("b0, b1 = words"))
+    assert loads.wavefronts < 1.6 * loads.requests
 
 
 # ---- through the public function ----------------------------------------------------------------

@@ -589,6 +589,19 @@ def test_halves_are_as_good_as_tf32_where_that_is_enough(rung: str) -> None:
     assert relative_error(out, definition(spec, operands)) > 100 * UNIT_ROUNDOFF[out.dtype]
 
 
+@pytest.mark.parametrize("kernel", [(1, 3), (5, 1)], ids=["windows", "tail"])
+def test_long_chains_drift_no_more_than_pytorchs(
+    kernel: tuple[int, int], limits: Callable[..., None]
+) -> None:
+    """Matrix instructions cut sums off, always towards zero: the errors of a chain add up."""
+    limits(MOST_WARPS=1)
+    channels = 480 // math.prod(kernel)
+    operands = random_operands((1, channels, 6, 10), (2, channels, *kernel))
+    spec = spec_of("pipelined", operands, num_groups=1, **UNBOUNDED)
+    assert shape_of("pipelined", spec).sums_apart
+    assert_accurate(run("pipelined", spec, operands), spec, operands)
+
+
 # ---- scales -------------------------------------------------------------------------------------
 
 

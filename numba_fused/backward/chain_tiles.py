@@ -42,7 +42,6 @@ from numba_fused.device.tensor_tile import (
     tile_functions,
 )
 from numba_fused.device.tile_shape import CHANNELS, COLUMNS, ROWS, TileShape
-from numba_fused.rng import keep_bits
 
 FULL_WARP = 0xFFFFFFFF
 POSITION_WORDS = CHANNELS // 2  # of dz, for 16 channels of a position
@@ -69,7 +68,7 @@ def chain_kernels(shape: TileShape) -> ChainKernels:
     f = tile_functions(shape)
     convolve, publish_sums, pool_statistics = f.convolve, f.publish_sums, f.group_statistics
     warp_place, extent, input_unscale = f.warp_place, f.extent, f.input_unscale
-    tile_position, first_stream, move_rows = f.tile_position, f.first_stream, f.move_rows
+    tile_position, draw_bits, move_rows = f.tile_position, f.draw_bits, f.move_rows
 
     threads, warps = shape.threads, shape.warps
     spatial_warps = shape.row_warps * shape.column_warps
@@ -84,8 +83,6 @@ def chain_kernels(shape: TileShape) -> ChainKernels:
     out_row, channel_stride = shape.out_row, shape.channel_stride
     in_pairs = out_row % 2 == 0 and out_w % 2 == 0
     position_words = POSITION_WORDS * shape.packed_tiles
-    streams_per_row = -(-out_w // COLUMNS)
-    streams_per_channel = out_d * out_h * streams_per_row
     group_size = group_channels * out_d * out_plane
     share_of_group, root_of_group = 1 / group_size, float32(math.sqrt(group_size))
     means_warps = MEANS_THREADS // WARP
@@ -179,18 +176,6 @@ def chain_kernels(shape: TileShape) -> ChainKernels:
     # ---- the first pass: sums of g, and where the chain passes it -------------------------------
 
     @cuda.jit(device=True)
-    def draw_bits(place, half, seed, drop_threshold):
-        """A lane's share of the mask for one of its channels: 16 columns of two rows."""
-        bits = uint32(0xFFFFFFFF)
-        if drop_threshold > 0:
-            stream = first_stream(place) + half * (8 * streams_per_channel)
-            first = keep_bits(uint64(seed[0]), uint64(stream), drop_threshold)
-            stream += streams_per_row
-            second = keep_bits(uint64(seed[0]), uint64(stream), drop_threshold)
-            bits = uint32(first | second << uint32(COLUMNS))
-        return bits
-
-    @cuda.jit(device=True)
     def sum_channel(acc, staged, bits, half, of_warps, channel, bounds, keep_scale):
         """Leave the sums and largest values of a lane's channel; where it passes a gradient."""
         place, scratch, bias, gamma, beta, mean, rstd = channel
@@ -259,8 +244,7 @@ def chain_kernels(shape: TileShape) -> ChainKernels:
         cuda.syncthreads()  # the words are not needed any more: grad_out goes there
         move_rows(grad_out, staged, place, False)
         # The mask is drawn while grad_out is on its way.
-        low = draw_bits(place, 0, seed, drop_threshold)
-        high = draw_bits(place, 1, seed, drop_threshold)
+        low, high = draw_bits(place, seed, drop_threshold)
         ptx.wait_for_copies()
         cuda.syncthreads()
         channel = place, scratch, bias, gamma, beta, mean, rstd

@@ -190,6 +190,7 @@ def input_gradient_kernel(tile: InputTile) -> Any:
     in_channels, split = shape.in_channels, shape.split
     in_d, in_h, in_w = shape.in_size
     out_d, out_h, out_w = shape.out_size
+    out_plane = out_h * out_w
     kernel_d, kernel_h, kernel_w = shape.kernel_size
     padding_d, padding_h, padding_w = shape.padding
     channel_groups, row_groups, rows = shape.packed_tiles, tile.row_groups, tile.rows
@@ -197,30 +198,37 @@ def input_gradient_kernel(tile: InputTile) -> Any:
     plane_tiles, row_tiles, column_tiles = tile.tiles
     staged_rows, staged_columns = tile.staged_rows, tile.staged_columns
     staged_positions, stage_words = staged_rows * staged_columns, tile.stage_words
+    step_rows, step_columns = THREADS // 2 // staged_columns, THREADS // 2 % staged_columns
     position_words = POSITION_WORDS * channel_groups
     rest_words = staged_positions * POSITION_WORDS
     parts = 2 if split else 1
     set_words = row_groups * parts * LANE_WORDS
-    accumulators = row_groups * column_groups * 4
+    group_sums = column_groups * 4
+    accumulators = row_groups * group_sums
     columns = COLUMNS * column_groups
 
     @cuda.jit(device=True)
     def stage(dz, words, target, sample, plane, channel_group, first_h, first_w):
-        """Start copying a tile of a plane of dz, zeros where there is no output."""
-        first = (int64(sample) * out_d + plane) * (out_h * out_w)
-        item = int32(ptx.thread_index())
-        while item < staged_positions * 2:
-            position, quad = int32(item // 2), int32(item % 2)
-            row, column = divide(position, staged_columns)
-            h = int32(first_h + padding_h - (kernel_h - 1) + row)
-            w = int32(first_w + padding_w - (kernel_w - 1) + column)
+        """Start copying a tile of a plane of dz, zeros where there is no output.
+
+        A thread copies half of every 128th position; it steps from one to the next.
+        """
+        quad, position = int32(ptx.thread_index() % 2), int32(ptx.thread_index() // 2)
+        row, column = divide(position, staged_columns)
+        h = int32(first_h + padding_h - (kernel_h - 1) + row)
+        w = int32(first_w + padding_w - (kernel_w - 1) + column)
+        at = (int64(sample) * out_d + plane) * out_plane + int32(h * out_w + w)
+        at = at * position_words + int32(channel_group * POSITION_WORDS + 4 * quad)
+        to, last = int32(target + 4 * ptx.thread_index()), int32(staged_columns + w - column)
+        while position < staged_positions:
             inside = uint32(h) < uint32(out_h) and uint32(w) < uint32(out_w)
-            at = int64(0)
-            if inside:
-                at = (first + int32(h * out_w + w)) * position_words
-                at += int32(channel_group * POSITION_WORDS + 4 * quad)
-            ptx.copy_async_4(words, uint64(int32(target + 4 * item)), dz, uint64(at), inside)
-            item = int32(item + THREADS)
+            ptx.copy_async_4(words, uint64(to), dz, uint64(at if inside else int64(0)), inside)
+            position, to = int32(position + THREADS // 2), int32(to + 4 * THREADS)
+            h, w = int32(h + step_rows), int32(w + step_columns)
+            at += (step_rows * out_w + step_columns) * position_words
+            if w >= last:
+                h, w = int32(h + 1), int32(w - staged_columns)
+                at += (out_w - staged_columns) * position_words
 
     @cuda.jit(device=True)
     def multiply(acc, i, a, b):
@@ -236,25 +244,33 @@ def input_gradient_kernel(tile: InputTile) -> Any:
         row = int32(ptx.thread_index() // WARP)
         base = int32(target + int32(row * staged_columns) * POSITION_WORDS)
         base = int32(base + lane // 4 * POSITION_WORDS + 2 * (lane % 4))
+        sums = cuda.local.array(group_sums, float32)  # see tile_shape.LONGEST_CHAIN
         for tap_row in range(kernel_h):
-            for tap_column in range(kernel_w):
-                tap = int32(tap_row * kernel_w + tap_column)
-                at = int64(int32(first_set + tap * channel_groups)) * set_words + 4 * lane
-                first = int32(base + (tap_row * staged_columns + tap_column) * POSITION_WORDS)
-                for group in range(row_groups):
+            for group in range(row_groups):
+                if split:
+                    for i in range(group_sums):
+                        sums[i] = float32(0)
+                for tap_column in range(kernel_w):
                     cuda.syncwarp()  # or the compiler loads far ahead and registers run out
+                    tap = int32(tap_row * kernel_w + tap_column)
+                    at = int64(int32(first_set + tap * channel_groups)) * set_words + 4 * lane
                     set_at = uint64(at + group * parts * LANE_WORDS)
                     a = ptx.load_4(packed, set_at)
                     a_rest = ptx.load_4(packed, set_at + uint64(LANE_WORDS)) if split else a
+                    first = int32(base + (tap_row * staged_columns + tap_column) * POSITION_WORDS)
                     for i in range(column_groups):
                         word = uint64(int32(first + i * (COLUMNS * POSITION_WORDS)))
                         b = ptx.load_2(words, word)
-                        of_group = 4 * (group * column_groups + i)
                         if split:
-                            multiply(acc, of_group, a_rest, b)
+                            multiply(sums, 4 * i, a_rest, b)
                             b_rest = ptx.load_2(words, word + uint64(rest_words))
-                            multiply(acc, of_group, a, b_rest)
-                        multiply(acc, of_group, a, b)
+                            multiply(sums, 4 * i, a, b_rest)
+                            multiply(sums, 4 * i, a, b)
+                        else:
+                            multiply(acc, group * group_sums + 4 * i, a, b)
+                if split:
+                    for i in range(group_sums):
+                        acc[group * group_sums + i] += sums[i]
 
     @cuda.jit(device=True)
     def finish_plane(acc, grad_x, unscale, factor, n, padded_plane, first_plane, first_h, first_w):

@@ -32,7 +32,7 @@ from numba_fused.device.tile_shape import (
     TileShape,
     round_up,
 )
-from numba_fused.rng import LOW_32, seed_stream, step
+from numba_fused.rng import keep_bits
 
 FULL_WARP = 0xFFFFFFFF
 ACCUMULATORS = 4 * COLUMNS
@@ -60,7 +60,7 @@ class TileFunctions(NamedTuple):
     input_unscale: Any
     extent: Any
     tile_position: Any
-    first_stream: Any
+    draw_bits: Any
     publish_sums: Any
     group_statistics: Any
     finish: Any
@@ -141,6 +141,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
     tail_steps, tail_table = shape.tail_steps, shape.tail_offsets
     window_words, weight_words = 2 * round_up(shape.window_slots, 2), 4 * kernel_w
     many_parts = COLUMNS // window_positions > 2
+    sums_apart, part_sums = shape.sums_apart, 4 * window_positions
     part_words = shape.steps * WARP * 4
     chunk_words, fragment_words = shape.parts * part_words, shape.fragment_words
 
@@ -320,6 +321,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
         """Add one product of the chunk: all its steps with one part of the weights."""
         window = cuda.local.array(window_words, uint32)
         weights = cuda.local.array(weight_words, uint32)
+        sums = cuda.local.array(part_sums, float32)
         windows_at = cuda.const.array_like(window_table)
         lane = int32(ptx.lane_index())
         _, row_warp, column_warp = warp_place()
@@ -339,8 +341,12 @@ def tile_functions(shape: TileShape) -> TileFunctions:
             for part in range(COLUMNS // window_positions):
                 cuda.syncwarp()  # or the compiler loads all parts at once, and registers run out
                 load_window(words, int32(first + part * (2 * window_positions * stride_w)), window)
+                if sums_apart:
+                    for i in range(part_sums):
+                        sums[i] = float32(0)
                 for tap in range(kernel_w):
                     if many_parts:  # loaded once, or the loads alone would take the registers
+                        cuda.syncwarp()
                         i = 4 * tap
                         a = weights[i], weights[i + 1], weights[i + 2], weights[i + 3]
                     else:
@@ -348,8 +354,14 @@ def tile_functions(shape: TileShape) -> TileFunctions:
                         a = ptx.load_4(scratch, start + step * uint64(4 * WARP))
                     for j in range(window_positions):
                         word = 2 * (j * stride_w + tap * dilation_w)
-                        position = part * window_positions + j
-                        multiply(acc, position, a, window[word], window[word + 1])
+                        if sums_apart:
+                            multiply(sums, j, a, window[word], window[word + 1])
+                        else:
+                            position = part * window_positions + j
+                            multiply(acc, position, a, window[word], window[word + 1])
+                if sums_apart:
+                    for i in range(part_sums):
+                        acc[part * part_sums + i] += sums[i]
             v = int32(v + 1)
         if tail_steps > 0:
             tails_at = cuda.const.array_like(tail_table)
@@ -360,7 +372,14 @@ def tile_functions(shape: TileShape) -> TileFunctions:
                 a = ptx.load_4(scratch, start + step * uint64(4 * WARP))
                 for position in range(COLUMNS):
                     b = ptx.load_2(words, uint64(first) + uint64(2 * position * stride_w))
-                    multiply(acc, position, a, b[0], b[1])
+                    if sums_apart:
+                        for i in range(4):
+                            sums[i] = float32(0)
+                        multiply(sums, 0, a, b[0], b[1])
+                        for i in range(4):
+                            acc[4 * position + i] += sums[i]
+                    else:
+                        multiply(acc, position, a, b[0], b[1])
                 s = int32(s + 1)
 
     @cuda.jit(device=True)
@@ -612,18 +631,32 @@ def tile_functions(shape: TileShape) -> TileFunctions:
         return stream + int32(row * streams_per_row + place[COLUMN] // COLUMNS + column_warp)
 
     @cuda.jit(device=True)
-    def finish(acc, scratch, bias, gamma, beta, statistics, place, bounds, seed, dropout):
+    def draw_channel(stream, seed, drop_threshold):
+        """The mask of a lane's two rows of one channel."""
+        first = keep_bits(uint64(seed[0]), uint64(stream), drop_threshold)
+        second = keep_bits(uint64(seed[0]), uint64(stream + streams_per_row), drop_threshold)
+        return uint32(first | second << uint32(COLUMNS))
+
+    @cuda.jit(device=True)
+    def draw_bits(place, seed, drop_threshold):
+        """A lane's share of the mask: a word for channel g and one for g + 8."""
+        low = high = uint32(0xFFFFFFFF)
+        if drop_threshold > 0:
+            stream = first_stream(place)
+            low = draw_channel(stream, seed, drop_threshold)
+            high = draw_channel(stream + 8 * streams_per_channel, seed, drop_threshold)
+        return low, high
+
+    @cuda.jit(device=True)
+    def finish(acc, scratch, bias, gamma, beta, statistics, place, bounds, bits, keep_scale):
         """Normalise, min, clamp and drop, in registers.
 
         `bounds` are those of `clip_bounds`, already multiplied by the kept values' scale, as gamma
-        and beta are here; `dropout` is
-        (whether to draw, the largest draw that drops, scale).
+        and beta are here; `bits` are those of `draw_bits`.
         """
-        draws, last_dropped, keep_scale = dropout
         channel_warp, _, _ = warp_place()
         first_k = int32(place[CHANNEL_TILE] * tile_channels)
         first_c = int32(channel_warp * CHANNELS + int32(ptx.lane_index()) // 4)
-        stream = first_stream(place)
         for r in range(4):
             c = int32(first_c + r // 2 * 8)
             if first_k + c >= out_channels:  # a channel that is not stored
@@ -632,19 +665,14 @@ def tile_functions(shape: TileShape) -> TileFunctions:
             slope = statistics[1, c] * gamma[k] * keep_scale
             start = (bias[k] - statistics[0, c]) * slope + beta[k] * keep_scale
             slope *= input_unscale(place) * ptx.bits_float(scratch[uint64(unscale_at) + k])
+            kept = bits[r // 2]
             for j in range(COLUMNS):
                 value = acc[4 * j + r] * slope + start
-                acc[4 * j + r] = clip_float32(value, bounds[0], bounds[1])
-            if draws:
-                this = stream + (r % 2 * streams_per_row + r // 2 * 8 * streams_per_channel)
-                s0, s1 = seed_stream(uint64(seed[0]), uint64(this))
-                for j in range(0, COLUMNS, 2):
-                    result, s0, s1 = step(s0, s1)
-                    # A dropped NaN stays NaN, as in PyTorch: multiply, do not replace.
-                    if uint32(result >> uint64(32)) <= last_dropped:
-                        acc[4 * j + r] *= float32(0)
-                    if uint32(result & LOW_32) <= last_dropped:
-                        acc[4 * (j + 1) + r] *= float32(0)
+                value = clip_float32(value, bounds[0], bounds[1])
+                # A dropped NaN stays NaN, as in PyTorch: multiply, do not replace.
+                if uint32(kept & uint32(1 << (COLUMNS * (r % 2) + j))) == uint32(0):
+                    value *= float32(0)
+                acc[4 * j + r] = value
 
     @cuda.jit(device=True)
     def stage_output(acc, staged, place):
@@ -737,7 +765,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
         input_unscale,
         extent,
         tile_position,
-        first_stream,
+        draw_bits,
         publish_sums,
         group_statistics,
         finish,

@@ -39,6 +39,9 @@ COLUMNS = 16  # positions along w of a warp: one dropout stream
 RECORD_WORDS = 4  # sum and sum of squares of some channels of a tile, as doubles
 WINDOW_POSITIONS = (8, 4, 2)  # of them that share a window: as many as keep it short
 SHORT_WINDOW, LONGEST_WINDOW = 10, 24  # slots; 64 accumulators need registers, too
+# Products in a chain that keeps fp32's accuracy: a matrix instruction cuts off what does not fit
+# its sum, always towards zero, and the errors of a chain add up.
+LONGEST_CHAIN = 128
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -165,9 +168,18 @@ class TileShape:
         return -(-self.sources // (self.planes * self.plane_sources))
 
     @property
+    def sums_apart(self) -> bool:
+        """Whether the matrix instructions of a window have sums of their own.
+
+        Plain additions, which round, join them to the accumulators.
+        """
+        return self.split and self.sources * math.prod(self.kernel_size[1:]) > LONGEST_CHAIN
+
+    @property
     def window_positions(self) -> int:
         """Positions along w that share a window."""
-        short = (p for p in WINDOW_POSITIONS if self._slots_under(p) <= SHORT_WINDOW)
+        candidates = WINDOW_POSITIONS[1:] if self.sums_apart else WINDOW_POSITIONS
+        short = (p for p in candidates if self._slots_under(p) <= SHORT_WINDOW)
         return next(short, WINDOW_POSITIONS[-1])
 
     @property

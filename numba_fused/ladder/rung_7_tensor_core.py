@@ -53,6 +53,7 @@ def kernels(shape: TileShape) -> tuple[Any, Any]:
     """The two kernels, specialised on a tile's shape."""
     f = tile_functions(shape)
     convolve, publish_sums, group_statistics = f.convolve, f.publish_sums, f.group_statistics
+    draw_bits = f.draw_bits
     finish, store, wait_for_store = f.finish, f.store, f.wait_for_store
     moments_shape, statistics_shape = (3, shape.warps, CHANNELS), (2, shape.channels)
     bounds_of_launch = (shape.threads, shape.blocks_per_processor)
@@ -69,13 +70,15 @@ def kernels(shape: TileShape) -> tuple[Any, Any]:
     @cuda.jit(launch_bounds=bounds_of_launch)
     def apply_kernel(x, scratch, bias, gamma, beta, kept, out, eps, bounds, seed, dropout):
         """Convolve again, pool the moments of the tile's groups, and finish."""
+        drop_threshold, keep_scale = dropout
         memory = cuda.shared.array(0, float32)
         statistics = cuda.shared.array(statistics_shape, float32)
         place = cuda.shared.array(PLACE_SIZE, int32)
         acc = cuda.local.array(ACCUMULATORS, float32)
         convolve(acc, x, scratch, int32(cuda.blockIdx.x), place)
         group_statistics(scratch, eps, statistics, kept, place)
-        finish(acc, scratch, bias, gamma, beta, statistics, place, bounds, seed, dropout)
+        bits = draw_bits(place, seed, drop_threshold)
+        finish(acc, scratch, bias, gamma, beta, statistics, place, bounds, bits, keep_scale)
         cuda.syncthreads()  # others may still read the words where the output is staged
         store(acc, memory, out, place)
         wait_for_store()

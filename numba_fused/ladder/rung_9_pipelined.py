@@ -3,7 +3,7 @@
 The accumulators of all resident blocks together hold more than a sample: 264 blocks of 16,384
 values are 17 MB on an H200, and a sample of the benchmark case is 3.4. So nobody has to convolve
 twice. A block convolves its tile, publishes its sums, starts to stage the input of its next tile,
-waits for the sums of the sample's other tiles, and finishes from registers.
+draws its mask, waits for the sums of the sample's other tiles, and finishes from registers.
 
 Sums need neither counter nor fence: before the launch each is marked as absent by bits that no
 arithmetic makes, so a reader sees by the value itself whether it is there. The grid is as large as
@@ -59,6 +59,7 @@ def kernel(shape: TileShape) -> Any:
     f = tile_functions(shape)
     locate, stage_input, accumulate = f.locate, f.stage_input, f.accumulate
     publish_sums, group_statistics = f.publish_sums, f.group_statistics
+    draw_bits = f.draw_bits
     finish, store, wait_for_store = f.finish, f.store, f.wait_for_store
     warps, staged_input_at = shape.warps, shape.staged_input_at
     moments_shape, statistics_shape = (3, warps, CHANNELS), (2, shape.channels)
@@ -67,6 +68,7 @@ def kernel(shape: TileShape) -> Any:
     @cuda.jit(launch_bounds=bounds_of_launch)
     def pipelined(x, scratch, bias, gamma, beta, kept, out, eps, tiles, bounds, seed, dropout):
         """Tiles ``blockIdx.x``, ``blockIdx.x + gridDim.x`` ... from convolution to output."""
+        drop_threshold, keep_scale = dropout
         words, memory = cuda.shared.array(0, uint32), cuda.shared.array(0, float32)
         staged_input = memory[staged_input_at:]
         moments = cuda.shared.array(moments_shape, float32)
@@ -90,8 +92,9 @@ def kernel(shape: TileShape) -> Any:
             publish_sums(acc, scratch, bias, moments, place)
             if next_place[TILE] < tiles:
                 stage_input(x, staged_input, next_place, 0)
+            bits = draw_bits(place, seed, drop_threshold)  # while others publish
             group_statistics(scratch, eps, statistics, kept, place)
-            finish(acc, scratch, bias, gamma, beta, statistics, place, bounds, seed, dropout)
+            finish(acc, scratch, bias, gamma, beta, statistics, place, bounds, bits, keep_scale)
             store(acc, memory, out, place)
             cuda.syncthreads()  # others read `place`
         wait_for_store()
@@ -108,14 +111,20 @@ def resident_blocks(shape: TileShape) -> int:
     return processors * shape.blocks_in(processor_shared_bytes())
 
 
+def samples_at_once(spec: BlockSpec) -> int:
+    """Whole samples that the resident blocks compute together."""
+    shape = tile_shape(spec, kind(spec))
+    return resident_blocks(shape) // shape.tiles_per_sample
+
+
 def limit(spec: BlockSpec) -> str | None:
     """As the other tensor-core rungs, and a sample's tiles must be resident together."""
     if (reason := tile_limit(spec, kind(spec))) is not None:
         return reason
+    if samples_at_once(spec) > 0:
+        return None
     shape = tile_shape(spec, kind(spec))
     tiles, blocks = shape.tiles_per_sample, resident_blocks(shape)
-    if tiles <= blocks:
-        return None
     return f"a sample has {tiles} tiles, and the GPU holds {blocks} blocks at once"
 
 

@@ -182,8 +182,7 @@ class TilePlan:
         scale = spec.keep_scale or 1.0
         lower, upper = clip_bounds(spec.cap, spec.min_value, spec.max_value)
         self.bounds = np.float32(lower * scale), np.float32(upper * scale)
-        last_dropped = np.uint32(max(spec.drop_threshold - 1, 0))
-        self.dropout = np.bool_(spec.drop_threshold > 0), last_dropped, np.float32(scale)
+        self.dropout = np.int64(spec.drop_threshold), np.float32(scale)
 
 
 tile_plan = lru_cache(maxsize=4096)(TilePlan)
