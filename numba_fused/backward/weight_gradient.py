@@ -9,8 +9,13 @@ sums of all taps stay in registers for as many positions as a block gets, so dz 
 nothing is written in between. dz lies in memory channels last (`chain_tiles`) and A wants it
 positions last: ``ldmatrix`` transposes it on the way to registers. B wants two neighbouring x in a
 word, from an even column on for taps at even places and from an odd one for others: the words of a
-row are laid out twice. A block walks along d, so that of the planes of x under a tile all but one
-are there already: they take turns in as many slots as the kernel is deep.
+row are laid out twice, and where rows begin is chosen for the banks of the lanes' eight taps.
+
+A block walks along d, so that of the planes of x under a tile all but one are there already: they
+take turns in as many slots as the kernel is deep. While a tile is multiplied, the next one is on
+its way: the raw plane of x to a region of its own, to be laid out when it has arrived, and dz to
+where it will be read. A step's dz belongs to one warp, which has copied it and alone reads it: as
+soon as it is in registers the next tile's may take its place, without a second buffer.
 
 Launch: a block for each (rows of a sample, 16 channels, group of taps); each leaves its sums, which
         a second kernel adds up in a fixed order and rids of their scales.
@@ -43,7 +48,19 @@ TAPS = 8  # taps of one matrix instruction
 MOST_INSTRUCTIONS = 12  # of a step: their sums are 4 registers each
 TILES_PER_PART = 8  # at least, along d and h: adding up the warps' sums takes time, too
 SUM_WARPS = 16
-SUMS_SHAPE, TOTALS_SHAPE = (WARPS, 4 * WARP), (SUM_WARPS, WARP)
+# Where the words of odd columns, the next row, the next channel and the next plane begin, as banks
+# beyond the start of a row, of a channel ... The eight taps of an instruction want four words each:
+# of all places with little between rows, so that two blocks fit an SM, these were found to let
+# common kernels (1 to 5 wide, along one to three axes) have them in fewest turns, 1 to 2.
+BANKS = 32
+ODD_BANK, ROW_BANK, CHANNEL_BANK, SLOT_BANK = 6, 10, 4, 26
+SUM_WORDS = WARPS * 4 * WARP  # of one matrix instruction, of all warps
+TOTALS_SHAPE = (SUM_WARPS, WARP)
+
+
+def up_to_bank(words: int, bank: int) -> int:
+    """The next number of words that ends on a bank."""
+    return round_up(words - bank, BANKS) + bank
 
 
 @dataclass(frozen=True)
@@ -84,13 +101,9 @@ class WeightTile:
 
     @property
     def columns(self) -> int:
-        """Output columns of a tile."""
-        return min(round_up(self.shape.out_size[2], STEP), MOST_COLUMNS)
-
-    @property
-    def row_words(self) -> int:
-        """Words of a staged row of x, two values each."""
-        return self.columns // 2 + self.shape.kernel_size[2] // 2
+        """Output columns of a tile: of as many warps as share a row."""
+        steps = -(-min(self.shape.out_size[2], MOST_COLUMNS) // STEP)
+        return STEP * 2 ** (steps - 1).bit_length()
 
     @property
     def in_rows(self) -> int:
@@ -98,13 +111,50 @@ class WeightTile:
         return ROWS + self.shape.kernel_size[1] - 1
 
     @property
+    def staged_rows(self) -> int:
+        """Staged rows of a plane of x, of all channels."""
+        return self.channels * self.in_rows
+
+    @property
+    def staged_row(self) -> int:
+        """Values of a staged row of x: whole copies, from an aligned column on."""
+        needed = self.shape.shift + self.columns + self.shape.kernel_size[2] - 1
+        return round_up(needed, 4)
+
+    @property
+    def staged_values(self) -> int:
+        """Values of the staged plane of x."""
+        return self.staged_rows * self.staged_row
+
+    @property
+    def has_odd(self) -> bool:
+        """Whether any tap needs the words from odd columns on."""
+        return self.shape.kernel_size[2] > 1 or self.shape.shift % 2 == 1
+
+    @property
+    def odd_words(self) -> int:
+        """Words from those of a row's even columns to those of its odd ones."""
+        return up_to_bank(self.staged_row // 2, ODD_BANK)
+
+    @property
+    def row_words(self) -> int:
+        """Words from one row of x to the next: each is there from even and from odd columns on."""
+        words = self.staged_row // 2 + (self.odd_words if self.has_odd else 0)
+        return up_to_bank(words, ROW_BANK) if self.shape.kernel_size[1] > 1 else words
+
+    @property
+    def channel_words(self) -> int:
+        """Words from one channel of x to the next."""
+        return up_to_bank(self.in_rows * self.row_words, CHANNEL_BANK)
+
+    @property
     def slot_words(self) -> int:
-        """Words of a staged plane of x: every row twice, from even and from odd columns on."""
-        return self.channels * self.in_rows * 2 * self.row_words
+        """Words from one plane of x to the next."""
+        return up_to_bank(self.channels * self.channel_words, SLOT_BANK)
 
     @property
     def x_words(self) -> int:
-        """Words of the staged x: a plane for each tap along d."""
+        """Words of x under a tile: a plane for each tap along d."""
         return round_up(self.shape.kernel_size[0] * self.slot_words, 4)
 
     @property
@@ -115,7 +165,8 @@ class WeightTile:
     @cached_property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
-        return 4 * (self.x_words + self.dz_words) * (2 if self.shape.split else 1)
+        words = (self.x_words + self.dz_words) * (2 if self.shape.split else 1)
+        return 4 * max(words + self.staged_values, SUM_WORDS)
 
     @property
     def row_tiles(self) -> int:
@@ -145,90 +196,139 @@ def weight_gradient_kernel(tile: WeightTile) -> Any:
     taps, tap_groups, instructions = tile.taps, tile.tap_groups, tile.instructions
     channel_groups, parts = shape.packed_tiles, tile.parts
     position_words = POSITION_WORDS * channel_groups
-    channels, slot_words, part_rows = tile.channels, tile.slot_words, ROWS * tile.row_tiles
-    in_rows, columns, row_words = tile.in_rows, tile.columns, tile.row_words
+    part_rows = ROWS * tile.row_tiles
+    in_rows, columns, odd_words = tile.in_rows, tile.columns, tile.odd_words
+    row_words, channel_words, slot_words = tile.row_words, tile.channel_words, tile.slot_words
     x_words, dz_words = tile.x_words, tile.dz_words
-    dz_at, rest_at = x_words, x_words + dz_words
+    dz_at, first_plane = x_words, int32(1 - kernel_d)
     low_words = x_words + 2 * dz_words  # x's second halves lie behind both sets of dz
-    steps_per_row, accumulators = columns // STEP, 4 * instructions
+    staged_at = 2 * (x_words + dz_words) if split else x_words + dz_words
+    has_odd, vector, shift = tile.has_odd, shape.vector, shape.shift
+    staged_values, row_vectors = tile.staged_values, tile.staged_row // vector
+    row_quads, copies, quads = tile.staged_row // 4, staged_values // vector, staged_values // 4
+    row_warps, accumulators = columns // STEP, 4 * instructions
+    rows_at_once, dz_row = WARPS // row_warps, columns * POSITION_WORDS
     ring_words = kernel_d * slot_words
 
     @cuda.jit(device=True)
-    def value_at(x, row, inside, w):
-        """Value of x in a row, zero outside."""
-        value = float32(0)
-        if inside and uint32(w) < uint32(in_w):
-            value = x[uint64(row + w)]
-        return value
+    def stage_x(x, staged, sample, first_channel, place):
+        """Start copying the last plane of x under a tile, zeros where there is none.
 
-    @cuda.jit(device=True)
-    def stage_x(x, words, sample, first_channel, place, scale):
-        """Lay out a plane of x in halves, each row from its even and from its odd columns on.
-
-        It is the last plane under the tile; those before it have been laid out already.
+        Those before it have been laid out already.
         """
         plane, first_h, first_w = place
         d = int32(plane + kernel_d - 1 - padding_d)
-        slot = int32(int32(plane + kernel_d - 1) % kernel_d)
         item = int32(ptx.thread_index())
-        while item < channels * in_rows * row_words:
-            rest, i = divide(item, row_words)
-            channel, row = divide(rest, in_rows)
+        while item < copies:
+            of_plane, i = divide(item, row_vectors)
+            channel, row = divide(of_plane, in_rows)
             channel = int32(first_channel + channel)
-            h, w = int32(first_h - padding_h + row), int32(first_w - padding_w + 2 * i)
-            inside = uint32(d) < uint32(in_d) and uint32(h) < uint32(in_h)
-            inside = inside and channel < in_channels
-            first = sample + int32(int32(int32(channel * in_d + d) * in_h + h) * in_w)
-            a = value_at(x, first, inside, w) * scale
-            b = value_at(x, first, inside, int32(w + 1)) * scale
-            c = value_at(x, first, inside, int32(w + 2)) * scale
-            target = uint64(int32(slot * slot_words + rest * (2 * row_words) + i))
-            if split:
-                even, even_rest = ptx.split_halves(a, b)
-                odd, odd_rest = ptx.split_halves(b, c)
-                words[target + uint64(low_words)] = even_rest
-                words[target + uint64(low_words + row_words)] = odd_rest
+            h = int32(first_h - padding_h + row)
+            w = int32(first_w - padding_w - shift + i * vector)
+            inside = uint32(h) < uint32(in_h) and uint32(w) < uint32(in_w)
+            inside = inside and uint32(d) < uint32(in_d) and channel < in_channels
+            index = sample
+            if inside:
+                index += int32(int32(int32(channel * in_d + d) * in_h + h) * in_w + w)
+            target = uint64(int32(staged_at + item * vector))
+            if vector == 4:
+                ptx.copy_async_4(staged, target, x, uint64(index), inside)
             else:
-                even, odd = ptx.pack_halves(a, b), ptx.pack_halves(b, c)
-            words[target], words[target + uint64(row_words)] = even, odd
+                ptx.copy_async_1(staged, target, x, uint64(index), inside)
             item = int32(item + THREADS)
+
+    @cuda.jit(device=True)
+    def lay_out(words, at, values):
+        """Two words of halves, and what rounding left over."""
+        a, b, c, d = values
+        if split:
+            first, first_rest = ptx.split_halves(a, b)
+            second, second_rest = ptx.split_halves(c, d)
+            ptx.store_2(words, uint64(int32(at + low_words)), first_rest, second_rest)
+        else:
+            first, second = ptx.pack_halves(a, b), ptx.pack_halves(c, d)
+        ptx.store_2(words, uint64(at), first, second)
+
+    @cuda.jit(device=True)
+    def lay_out_x(words, staged, slot, scale):
+        """Lay out the staged plane of x in halves, each row from even and from odd columns on."""
+        quad = int32(ptx.thread_index())
+        while quad < quads:
+            row, i = divide(quad, row_quads)
+            channel, row = divide(row, in_rows)
+            at = int32(slot * slot_words + channel * channel_words)
+            at = int32(at + row * row_words + 2 * i)
+            a, b, c, d = ptx.load_4(staged, uint64(int32(staged_at + 4 * quad)))
+            a, b, c, d = a * scale, b * scale, c * scale, d * scale
+            lay_out(words, at, (a, b, c, d))
+            if has_odd:
+                # Beyond the last column is a value of another row, in a word that no tap reads.
+                beyond = min(int32(4 * quad + 4), int32(staged_values - 1))
+                e = staged[uint64(int32(staged_at + beyond))] * scale
+                lay_out(words, int32(at + odd_words), (b, c, d, e))
+            quad = int32(quad + THREADS)
 
     @cuda.jit(device=True)
     def swizzled(position, quad):
         """Where four words of a position lie, so that eight positions fill all banks."""
-        return int32(position * POSITION_WORDS + 4 * (quad ^ (position // 4 % 2)))
+        _, odd = divide(divide(position, 4)[0], 2)
+        return int32(position * POSITION_WORDS + 4 * (quad ^ odd))
 
     @cuda.jit(device=True)
-    def stage_dz(dz, words, target, sample, channel_group, place):
-        """Start copying the tile of dz, zeros where there is no output."""
+    def warp_place():
+        """The warp's first row of a tile and its 16 columns; its other rows follow."""
+        return divide(divide(int32(ptx.thread_index()), WARP)[0], row_warps)
+
+    @cuda.jit(device=True)
+    def first_copy(sample, channel_group, place):
+        """What a lane copies of its warp's first row: from where, to where, above which row."""
         plane, first_h, first_w = place
-        first = (int64(sample) * out_d + plane) * (out_h * out_w)
-        item = int32(ptx.thread_index())
-        while item < ROWS * columns * 2:
-            position, quad = int32(item // 2), int32(item % 2)
-            h, w = int32(first_h + position // columns), int32(first_w + position % columns)
-            inside = h < out_h and w < out_w
+        row, run = warp_place()
+        position, quad = divide(int32(ptx.lane_index()), 2)  # 16 bytes a lane
+        column = int32(run * STEP + position)
+        at = ((int64(sample) * out_d + plane) * out_h + int32(first_h + row)) * out_w
+        at = (at + int32(first_w + column)) * position_words
+        at += int32(channel_group * POSITION_WORDS + 4 * quad)
+        to = int32(dz_at + swizzled(int32(row * columns + column), quad))
+        return at, to, int32(out_h - first_h) if first_w + column < out_w else int32(0)
+
+    @cuda.jit(device=True)
+    def stage_row(dz, rest, words, at, to, inside):
+        """Start copying a lane's share of a row of dz, zeros where there is no output."""
+        if not inside:
             at = int64(0)
-            if inside:
-                at = (first + int32(h * out_w + w)) * position_words
-                at += int32(channel_group * POSITION_WORDS + 4 * quad)
-            to = uint64(int32(target + swizzled(position, quad)))
-            ptx.copy_async_4(words, to, dz, uint64(at), inside)
-            item = int32(item + THREADS)
+        ptx.copy_async_4(words, uint64(to), dz, uint64(at), inside)
+        if split:
+            ptx.copy_async_4(words, uint64(int32(to + dz_words)), rest, uint64(at), inside)
+
+    @cuda.jit(device=True)
+    def stage_dz(dz, rest, words, sample, channel_group, place):
+        """Start copying a warp's share of a tile of dz."""
+        row, _ = warp_place()
+        at, to, end = first_copy(sample, channel_group, place)
+        while row < ROWS:
+            stage_row(dz, rest, words, at, to, row < end)
+            row = int32(row + rows_at_once)
+            at += rows_at_once * out_w * position_words
+            to = int32(to + rows_at_once * dz_row)
 
     @cuda.jit(device=True)
     def tap_offset(first_tap, i):
-        """Words from the first staged row to that under this lane's tap of instruction i.
+        """Words from the first row to that under this lane's tap of instruction i.
 
-        Over the output's plane 0, where slots and taps along d agree.
+        When the block's first plane of x is the last one under a tile, in slot 0.
         """
-        tap = min(int32(first_tap + TAPS * i + int32(ptx.lane_index()) // 4), int32(taps - 1))
+        tap = min(
+            int32(first_tap + TAPS * i + divide(int32(ptx.lane_index()), 4)[0]), int32(taps - 1)
+        )
         channel, of_channel = divide(tap, kernel_volume)
-        slot, of_plane = divide(of_channel, kernel_plane)
+        plane, of_plane = divide(of_channel, kernel_plane)
+        slot = int32(plane + 1) if plane + 1 < kernel_d else int32(0)
         row, column = divide(of_plane, kernel_w)
-        channel = int32(channel - first_tap // kernel_volume)
-        words = int32(int32(int32(channel * in_rows + row) * 2 + column % 2) * row_words)
-        return int32(slot * slot_words + words + column // 2)
+        channel = int32(channel - divide(first_tap, kernel_volume)[0])
+        pair, odd = divide(int32(column + shift), 2)
+        words = int32(slot * slot_words + channel * channel_words)
+        return int32(words + row * row_words + odd * odd_words + pair)
 
     @cuda.jit(device=True)
     def multiply(acc, i, a, b0, b1):
@@ -238,38 +338,52 @@ def weight_gradient_kernel(tile: WeightTile) -> Any:
         acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3] = c0, c1, c2, c3
 
     @cuda.jit(device=True)
-    def add_tile(acc, words, offsets, rows):
-        """Add the products of a staged tile; the 16 positions of a step are a warp's."""
+    def add_tile(acc, words, offsets, dz, rest, sample, channel_group, rows, next_place, continues):
+        """Add the products of a tile, and where it `continues` start copying the next one's dz."""
+        row, run = warp_place()
+        # Matrices 0 to 3: positions 0-7 and 8-15 in pairs of channels 0-3 and 4-7.
         lane = int32(ptx.lane_index())
-        step = int32(ptx.thread_index() // WARP)
-        while step < min(rows, int32(ROWS)) * steps_per_row:
-            row, run = int32(step // steps_per_row), int32(step % steps_per_row)
-            # Matrices 0 to 3: positions 0-7 and 8-15 in pairs of channels 0-3 and 4-7.
-            matrix = int32(lane // 8)
-            position = int32(step * STEP + matrix // 2 * 8 + lane % 8)
-            at = swizzled(position, int32(matrix % 2))
-            a = ptx.load_matrices(words, uint64(int32(dz_at + at)))
-            base = int32(row * (2 * row_words) + run * (STEP // 2) + lane % 4)
-            if split:
-                rest = ptx.load_matrices(words, uint64(int32(rest_at + at)))
-                for i in range(instructions):
-                    b = uint64(int32(base + offsets[i]))
-                    b0, b1 = words[b], words[b + uint64(4)]
-                    multiply(acc, i, rest, b0, b1)
+        matrix, of_matrix = divide(lane, 8)
+        half, quad = divide(matrix, 2)
+        position = int32(row * columns + run * STEP + half * 8 + of_matrix)
+        a_at = int32(dz_at + swizzled(position, quad))
+        base = int32(row * row_words + run * (STEP // 2) + divide(lane, 4)[1])
+        at, to, end = first_copy(sample, channel_group, next_place)
+        while row < rows:
+            a = ptx.load_matrices(words, uint64(a_at))
+            a_rest = ptx.load_matrices(words, uint64(int32(a_at + dz_words))) if split else a
+            cuda.syncwarp()  # all lanes' rows have been read
+            if continues:
+                stage_row(dz, rest, words, at, to, row < end)
+            for i in range(instructions):
+                b = uint64(int32(base + offsets[i]))
+                b0, b1 = words[b], words[b + uint64(4)]
+                if split:
                     low = b + uint64(low_words)
+                    multiply(acc, i, a_rest, b0, b1)
                     multiply(acc, i, a, words[low], words[low + uint64(4)])
-                    multiply(acc, i, a, b0, b1)
-            else:
-                for i in range(instructions):
-                    b = uint64(int32(base + offsets[i]))
-                    multiply(acc, i, a, words[b], words[b + uint64(4)])
-            step = int32(step + WARPS)
+                multiply(acc, i, a, b0, b1)
+            row = int32(row + rows_at_once)
+            a_at = int32(a_at + rows_at_once * dz_row)
+            base = int32(base + rows_at_once * row_words)
+            at += rows_at_once * out_w * position_words
+            to = int32(to + rows_at_once * dz_row)
+
+    @cuda.jit(device=True)
+    def following(place):
+        """The place after one: along d, then along w, then along h."""
+        plane, h, w = place
+        plane = int32(plane + 1)
+        if plane == out_d:
+            plane, w = first_plane, int32(w + columns)
+            if w >= out_w:
+                h, w = int32(h + ROWS), int32(0)
+        return plane, h, w
 
     @cuda.jit(launch_bounds=(THREADS, 2))
     def weight_gradient(x, dz, rest, scales, partial, first_sample):
         """Sums of one part of a sample, 16 channels and a group of taps."""
-        words = cuda.shared.array(0, uint32)
-        sums = cuda.shared.array(SUMS_SHAPE, float32)
+        words, staged = cuda.shared.array(0, uint32), cuda.shared.array(0, float32)
         acc = cuda.local.array(accumulators, float32)
         offsets = cuda.local.array(instructions, int32)
         part, tap_group = divide(int32(cuda.blockIdx.x), tap_groups)
@@ -282,43 +396,59 @@ def weight_gradient_kernel(tile: WeightTile) -> Any:
         scale = power_of_two(scales[2 * n + 1])
         for i in range(accumulators):
             acc[i] = float32(0)
+        for i in range(instructions):
+            offsets[i] = tap_offset(first_tap, i)
+
         h = int32(part_of_sample * part_rows)
         stop = min(int32(h + part_rows), int32(out_h))
-        while h < stop:
-            for w in range(0, out_w, columns):
-                for i in range(instructions):
-                    offsets[i] = tap_offset(first_tap, i)
-                cuda.syncthreads()  # the tile before has been read
-                for before in range(1 - kernel_d, 0):
-                    place = int32(before), h, int32(w)
-                    stage_x(x, words, x_sample, first_channel, place, scale)
-                plane = int32(0)
-                while plane < out_d:
-                    place = plane, h, int32(w)
-                    stage_dz(dz, words, dz_at, sample, channel_group, place)
-                    if split:
-                        stage_dz(rest, words, rest_at, sample, channel_group, place)
-                    stage_x(x, words, x_sample, first_channel, place, scale)
-                    ptx.wait_for_copies()
-                    cuda.syncthreads()
-                    add_tile(acc, words, offsets, int32(out_h - h))
-                    for i in range(instructions):  # its plane of x is in the next slot
-                        offsets[i] = int32(offsets[i] + slot_words)
-                        if offsets[i] >= ring_words:
-                            offsets[i] = int32(offsets[i] - ring_words)
-                    plane = int32(plane + 1)
-                    cuda.syncthreads()
-            h = int32(h + ROWS)
+        place = first_plane, h, int32(0)
+        stage_x(x, staged, x_sample, first_channel, place)
+        if kernel_d == 1:
+            stage_dz(dz, rest, words, sample, channel_group, place)
+        slot = int32(0)
+        while place[1] < stop:
+            ptx.wait_for_copies()
+            cuda.syncthreads()  # the tile has arrived, and the one before has been read
+            lay_out_x(words, staged, slot, scale)
+            cuda.syncthreads()
+            next_place = following(place)
+            exists = next_place[1] < stop
+            if exists:
+                stage_x(x, staged, x_sample, first_channel, next_place)
+            continues = exists and next_place[0] >= 0
+            if place[0] >= 0:
+                rows = min(int32(out_h - place[1]), int32(ROWS))
+                add_tile(
+                    acc,
+                    words,
+                    offsets,
+                    dz,
+                    rest,
+                    sample,
+                    channel_group,
+                    rows,
+                    next_place,
+                    continues,
+                )
+            elif continues:
+                stage_dz(dz, rest, words, sample, channel_group, next_place)
+            slot = int32(slot + 1) if slot + 1 < kernel_d else int32(0)
+            for i in range(instructions):  # each plane of x is in the next slot
+                # Unsigned, a number below zero is larger than any other.
+                offset = uint32(offsets[i] + slot_words)
+                offsets[i] = int32(min(offset, uint32(offset - ring_words)))
+            place = next_place
 
         lane, warp = int32(ptx.lane_index()), int32(ptx.thread_index() // WARP)
+        cuda.syncthreads()  # the last tile has been read: the sums take its place
         for i in range(instructions):
             for q in range(4):
-                sums[warp, WARP * q + lane] = acc[4 * i + q]
+                staged[uint64(int32(int32(4 * warp + q) * WARP + lane))] = acc[4 * i + q]
             cuda.syncthreads()
             if ptx.thread_index() < 4 * WARP:  # a warp a register of the accumulators
                 total = float32(0)
                 for other in range(WARPS):
-                    total += sums[other, ptx.thread_index()]
+                    total += staged[uint64(ptx.thread_index() + 4 * WARP * other)]
                 # Rows of A are the halves of a position in order: channels 0, 8, 1, 9 ...
                 row = int32(lane // 4 + warp // 2 * 8)
                 k = int32(channel_group * CHANNELS + row // 2 + row % 2 * 8)
