@@ -8,16 +8,25 @@ from functools import lru_cache
 import torch
 
 from numba_fused import backward, ladder
+from numba_fused.ladder.rung_9_pipelined import samples_at_once
 from numba_fused.spec import BlockSpec
 
 SIMULATOR_MULTIPLY_ADDS = 2_000_000  # about a minute of simulation
 
 
-# Fastest first, by measurement on an H200 (plots/data/README.md). Tensor-core tiles have been timed
-# on convolutions of up to 81 multiply-adds an output, where they are three to four times as fast as
-# the library's; they take time in proportion, and for larger ones nobody has looked yet.
-TILES, MOST_TAPS = ("pipelined", "split"), 81
-OTHERS = ("library_conv", "recompute", "torch")
+# Fastest first where they suit, by measurement on an H200 (plots/data/cases.csv).
+ORDER = ("pipelined", "split", "tiled", "library_conv", "recompute", "torch")
+# Tiles take time in proportion to the multiply-adds of an output, the library's convolutions gain
+# with their number: up to here tiles were faster.
+MOST_TAPS = {
+    ("pipelined", "tf32"): 1000,
+    ("pipelined", "ieee"): 2000,
+    ("split", "tf32"): 300,
+    ("split", "ieee"): 1000,
+    ("tiled", "tf32"): 400,
+    ("tiled", "ieee"): 400,
+}
+FEW_TAPS = 64  # convolved twice sooner than waited for
 
 
 def choose(spec: BlockSpec, device: torch.device | None = None) -> str:
@@ -34,12 +43,26 @@ def choose(spec: BlockSpec, device: torch.device | None = None) -> str:
 
 @lru_cache(maxsize=4096)
 def _choose(spec: BlockSpec, capability: tuple[int, int]) -> str:
-    rungs = map(ladder.get, (*TILES, *OTHERS) if _is_narrow(spec) else OTHERS)
-    return next(r.name for r in rungs if r.obstacle(spec, capability) is None)
+    able = (name for name in ORDER if ladder.get(name).obstacle(spec, capability) is None)
+    return next(name for name in able if _suits(name, spec))
 
 
-def _is_narrow(spec: BlockSpec) -> bool:
-    return math.prod(spec.weight_shape[1:]) <= MOST_TAPS
+def _taps(spec: BlockSpec) -> int:
+    """Multiply-adds of an output."""
+    return math.prod(spec.weight_shape[1:])
+
+
+def _suits(name: str, spec: BlockSpec) -> bool:
+    """Whether a variant is the fastest for `spec` unless one before it in `ORDER` is."""
+    if (name, spec.precision) not in MOST_TAPS:
+        return True
+    taps = _taps(spec)
+    if name == "pipelined" and taps <= FEW_TAPS and samples_at_once(spec) < 2:
+        return False  # most blocks wait for the rest of the one sample that they compute
+    if name == "tiled" and (spec.dtype != "float32" or (taps <= FEW_TAPS and spec.groups == 1)):
+        return False  # the library is slow where channels are in groups, and with large kernels
+    pointwise = math.prod(spec.kernel_size) == 1  # a matrix product, and mostly bytes
+    return not pointwise and taps <= MOST_TAPS[name, spec.precision]
 
 
 def choose_backward(spec: BlockSpec, device: torch.device | None = None) -> str | None:
@@ -53,10 +76,9 @@ def choose_backward(spec: BlockSpec, device: torch.device | None = None) -> str 
 
 @lru_cache(maxsize=4096)
 def _choose_backward(spec: BlockSpec, capability: tuple[int, int]) -> str | None:
-    # library_conv has not been timed on a GPU: the choice rests on what it leaves out. Its three
-    # convolutions are those of PyTorch's backward, but between them it makes three passes where
-    # PyTorch runs five operators forward and backward, each through tensors of the output's size.
-    variants = ("tensor_core", "library_conv") if _is_narrow(spec) else ("library_conv",)
+    # Wherever tiles can differentiate they were faster (plots/data/README.md): the library's
+    # deterministic gradients of narrow convolutions are slow.
+    variants = ("tensor_core", "library_conv")
     able = (v for v in variants if backward.obstacle(v, spec, capability) is None)
     return next(able, None)
 

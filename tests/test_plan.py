@@ -1,4 +1,4 @@
-"""plan: which variant differentiates a call on a GPU."""
+"""plan: which variant runs a call on a GPU, and which differentiates it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from definition import BOUNDS
 
-from numba_fused import plan
+from numba_fused import bench, ladder, plan, results
 from numba_fused.spec import BlockSpec
 
 BENCHMARK = (128, 3, 16, 64, 64), (16, 3, 3, 3, 3)
@@ -30,3 +30,30 @@ def test_backward_variant(
 ) -> None:
     spec = BlockSpec.from_arguments(*shapes, num_groups=8, **(BOUNDS | arguments))
     assert plan._choose_backward(spec, capability) == expected
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("case", list(bench.CASES))
+def test_auto_is_the_fastest_that_was_measured(case: str, precision: str) -> None:
+    """On an H200, within what two runs differ by."""
+    rows = results.latest(results.read(results.DATA / "cases.csv"), case, precision)
+    times = {row["variant"]: row["p50_ms"] for row in rows if row["status"] == "ok"}
+    fastest = min(time for name, time in times.items() if name in plan.ORDER)
+    chosen = plan._choose(bench.case_spec(case, precision=precision), (9, 0))
+    assert times[chosen] <= 1.03 * fastest
+
+
+@pytest.mark.parametrize(
+    ("arguments", "capability", "expected"),
+    [
+        ({}, (7, 5), "tiled"),  # before tensor cores
+        ({"dtype": "float64"}, (9, 0), "library_conv"),
+        ({"stride": 2}, (9, 0), "pipelined"),
+    ],
+)
+def test_where_the_fastest_cannot_run_the_next_one_does(
+    arguments: dict[str, Any], capability: Any, expected: str
+) -> None:
+    spec = BlockSpec.from_arguments(*BENCHMARK, num_groups=8, **(BOUNDS | arguments))
+    assert plan._choose(spec, capability) == expected
+    assert ladder.get(expected).obstacle(spec, capability) is None
