@@ -61,8 +61,9 @@ def _suits(name: str, spec: BlockSpec) -> bool:
         return False  # most blocks wait for the rest of the one sample that they compute
     if name == "tiled" and (spec.dtype != "float32" or (taps <= FEW_TAPS and spec.groups == 1)):
         return False  # the library is slow where channels are in groups, and with large kernels
-    pointwise = math.prod(spec.kernel_size) == 1  # a matrix product, and mostly bytes
-    return not pointwise and taps <= MOST_TAPS[name, spec.precision]
+    if name == "split" and math.prod(spec.kernel_size) == 1:
+        return False  # the library's is a matrix product
+    return taps <= MOST_TAPS[name, spec.precision]
 
 
 def choose_backward(spec: BlockSpec, device: torch.device | None = None) -> str | None:

@@ -46,7 +46,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from numba_fused import backward, ladder, rng
-from numba_fused.reference import chain, full_precision
+from numba_fused.reference import chain, convolution_precision, full_precision
 from numba_fused.spec import BlockSpec
 
 if TYPE_CHECKING:
@@ -764,6 +764,9 @@ def gradient_yardsticks(
         for _ in range(SAMPLES):
             nudged = tensors.map(lambda t: _nudged(t, generator))
             samples.append(gradients(plain, nudged, _nudged(grad_out, generator)))
+    if _takes_tf32(spec):
+        with convolution_precision(spec):  # a library may cut off where `_rounding` rounds
+            samples.append(gradients(plain, tensors, grad_out))
     rulers: list[Yardstick | None] = []
     for reference, *others in zip(exact, *samples, strict=True):
         if reference is None:
@@ -824,6 +827,9 @@ def yardstick(spec: BlockSpec, tensors: Tensors, keep_mask: Tensor | None) -> Ya
         for _ in range(samples):
             nudged = narrow.map(lambda t: _nudged(t, generator))
             errors.append(relative_error(chain(spec, *nudged, keep_mask), reference))
+    if _takes_tf32(spec):
+        with torch.no_grad(), convolution_precision(spec):  # a library may cut off, not round
+            errors.append(relative_error(chain(spec, *narrow, keep_mask), reference))
     return Yardstick(reference, max(errors), spec.dtype)
 
 

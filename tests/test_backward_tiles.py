@@ -91,10 +91,15 @@ def test_error_is_at_most_twice_torchs_own(case: str) -> None:
     assert_accurate(gradients(call), *call)
 
 
-def test_long_chains_drift_no_more_than_pytorchs() -> None:
-    """A value of dx is the sum of 360 products, which matrix instructions cut off."""
-    operands = random_operands((1, 1, 6, 7), (40, 1, 3, 3))
-    spec = spec_for(operands, num_groups=2, padding=1)
+@pytest.mark.parametrize(
+    ("x_shape", "weight_shape"),
+    [((1, 1, 6, 7), (40, 1, 3, 3)), ((1, 1, 24, 1, 17), (2, 1, 1, 1, 2))],
+    ids=["dx", "dweight"],
+)
+def test_long_chains_drift_no_more_than_pytorchs(x_shape: Any, weight_shape: Any) -> None:
+    """360 products a value of dx, 384 of dweight; matrix instructions cut off each sum."""
+    operands = random_operands(x_shape, weight_shape)
+    spec = spec_for(operands, num_groups=2, padding=(x_shape[2] == 6) * 1)
     call = spec, operands, random_gradient(spec, operands)
     assert_accurate(gradients(call), *call)
 

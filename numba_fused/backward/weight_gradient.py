@@ -331,11 +331,11 @@ def weight_gradient_kernel(tile: WeightTile) -> Any:
         return int32(words + row * row_words + odd * odd_words + pair)
 
     @cuda.jit(device=True)
-    def multiply(acc, i, a, b0, b1):
-        """One matrix instruction into the sums of eight taps."""
-        c0, c1, c2, c3 = acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]
+    def multiply(sums, i, a, b0, b1):
+        """One matrix instruction into four sums."""
+        c0, c1, c2, c3 = sums[i], sums[i + 1], sums[i + 2], sums[i + 3]
         c0, c1, c2, c3 = ptx.mma_half(a[0], a[1], a[2], a[3], b0, b1, c0, c1, c2, c3)
-        acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3] = c0, c1, c2, c3
+        sums[i], sums[i + 1], sums[i + 2], sums[i + 3] = c0, c1, c2, c3
 
     @cuda.jit(device=True)
     def add_tile(acc, words, offsets, dz, rest, sample, channel_group, rows, next_place, continues):
@@ -349,6 +349,7 @@ def weight_gradient_kernel(tile: WeightTile) -> Any:
         a_at = int32(dz_at + swizzled(position, quad))
         base = int32(row * row_words + run * (STEP // 2) + divide(lane, 4)[1])
         at, to, end = first_copy(sample, channel_group, next_place)
+        sums = cuda.local.array(4, float32)
         while row < rows:
             a = ptx.load_matrices(words, uint64(a_at))
             a_rest = ptx.load_matrices(words, uint64(int32(a_at + dz_words))) if split else a
@@ -359,10 +360,17 @@ def weight_gradient_kernel(tile: WeightTile) -> Any:
                 b = uint64(int32(base + offsets[i]))
                 b0, b1 = words[b], words[b + uint64(4)]
                 if split:
+                    # Sums of their own: see `tile_shape.LONGEST_CHAIN`.
+                    for q in range(4):
+                        sums[q] = float32(0)
                     low = b + uint64(low_words)
-                    multiply(acc, i, a_rest, b0, b1)
-                    multiply(acc, i, a, words[low], words[low + uint64(4)])
-                multiply(acc, i, a, b0, b1)
+                    multiply(sums, 0, a_rest, b0, b1)
+                    multiply(sums, 0, a, words[low], words[low + uint64(4)])
+                    multiply(sums, 0, a, b0, b1)
+                    for q in range(4):
+                        acc[4 * i + q] += sums[q]
+                else:
+                    multiply(acc, 4 * i, a, b0, b1)
             row = int32(row + rows_at_once)
             a_at = int32(a_at + rows_at_once * dz_row)
             base = int32(base + rows_at_once * row_words)
