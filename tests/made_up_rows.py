@@ -54,7 +54,8 @@ def everything() -> list[Row]:
     skipped = {"status": "skipped", "reason": "it needs <tf32> & more", "p50_ms": None}
     rows.append(made_up("kb83", "tensor_core") | skipped | {"error": None})
     others = ["kb83-b1", "kb83-b16", "kb83-b1024", "2d-3-64", "3d-8-16"]
-    others += ["kb83,plane=8", "kb83,plane=32"]
+    others += ["kb83,plane=8", "kb83,plane=32", "kb83,num_groups=2"]
+    others += ["kb83-b32,padding=same", "kb83-b32,kernel_size=5,padding=same"]
     channels = "kb83-b16,plane=32{},padding=same"
     others += [channels.format(more) for more in ("", ",in_channels=8", ",out_channels=64")]
     rows += [made_up(case, variant) for case in others for variant in COMPARED]

@@ -155,6 +155,12 @@ def test_scaling_shows_the_slope_of_each_line() -> None:
     assert all(list(xs) == [1, 16, 128, 1024] for xs in lines[:4])
     # A little over 2: the output has two lines less than the input, whatever its size.
     assert "auto, 2.08" in said(figure("scaling-plane").axes[0])
+    # Made-up times are those of the bytes, which the kernel's size does not change.
+    assert "auto, 0.00" in said(figure("scaling-kernel").axes[0])
+
+
+def test_every_measured_value_is_named_on_the_axis() -> None:
+    assert names(figure("scaling-kernel").axes[0], "x") == ["3", "5"]
 
 
 def test_slope_is_that_of_the_upper_half() -> None:

@@ -6,10 +6,11 @@ import itertools
 import re
 from pathlib import Path
 
+import pandas as pd
 import torch
 from typer.testing import CliRunner
 
-from numba_fused import cli, plot, results
+from numba_fused import bench, cli, plot, results, training
 from numba_fused.plot.rows import of_case, timed
 
 ROOT = Path(__file__).parent.parent
@@ -43,16 +44,39 @@ def test_sweep_example_measures_what_its_axes_say(tmp_path: Path) -> None:
     assert not (tmp_path / "rows.csv").exists()
 
 
-def test_figures_shown_are_there_and_of_the_rows_there_are() -> None:
-    shown = re.findall(r"!\[.*?\]\((.*?)\)", README)
-    assert shown == ["plots/ladder.png"]
-    assert (ROOT / shown[0]).read_bytes().startswith(b"\x89PNG")
-    twin = (ROOT / shown[0]).with_suffix(".svg").read_text()
+def shown_text(figure: str) -> str:
+    """The texts of a figure that the README shows, from its twin in SVG."""
+    assert f"(plots/{figure}.png)" in README
+    assert (ROOT / f"plots/{figure}.png").read_bytes().startswith(b"\x89PNG")
+    return (ROOT / f"plots/{figure}.svg").read_text()
+
+
+def test_ladder_shown_is_of_the_rows_there_are() -> None:
+    text = shown_text("ladder")
     rows = timed(of_case(plot.read_rows(ROOT / results.DATA), "kb83", ["ieee"]))
     assert rows
     for row in rows:
-        assert f">{results.label(row)}<" in twin, "run numba-fused plot"
-        assert f">{row['p50_ms']:.3g}<" in twin, "run numba-fused plot"
+        assert f">{results.label(row)}<" in text, "run numba-fused plot"
+        assert f">{row['p50_ms']:.3g}<" in text, "run numba-fused plot"
+
+
+def test_speedups_shown_are_of_the_rows_there_are() -> None:
+    text = shown_text("speedup")
+    frame = plot.read_rows(ROOT / results.DATA)
+    for case in bench.CASES:
+        found = results.compare(of_case(frame, case, ["ieee"]))
+        assert f">{found.times_eager:.2f}<" in text, "run numba-fused plot"
+
+
+def test_training_shown_is_of_the_rows_there_are_and_as_the_text_says() -> None:
+    text = shown_text("training")
+    frame = pd.read_csv(ROOT / results.DATA / "training.csv")
+    agreement = training.agreement(frame)
+    assert agreement.ok
+    for name, of_run in training.by_implementation(frame).items():
+        seconds = of_run.seconds[of_run.timed].median()
+        if name != training.REFERENCE:
+            assert f">{1e3 * seconds:.3g}<" in text, "run numba-fused train"
 
 
 def test_every_notebook_is_named() -> None:

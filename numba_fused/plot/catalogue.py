@@ -36,7 +36,9 @@ from numba_fused.plot.style import UNDATED, save
 from numba_fused.results import AUTO, COMPILED, EAGER, Key, Row
 
 COMPARED = (EAGER, COMPILED, AUTO)
-CHANNELS_BASE = "kb83-b16,plane=32,padding=same"  # what the sweep `channels` varies
+# What the sweeps `channels` and `kernel` vary.
+CHANNELS_BASE = "kb83-b16,plane=32,padding=same"
+KERNEL_BASE = "kb83-b32,padding=same"
 
 
 @dataclass(frozen=True)
@@ -248,6 +250,23 @@ def _of_many_cases() -> list[Plot]:
             select("plane"),
             partial(scaling_figure, base="kb83", axis="plane", unit="height and width"),
             partial(sweep_recipe, "plane"),
+        ),
+        Plot(
+            "scaling-kernel",
+            "Scaling with the kernel",
+            slopes + " Work grows with the cube of the kernel's side, so 3 is in proportion here.",
+            select("kernel_size", base=KERNEL_BASE),
+            partial(scaling_figure, base="kb83-b32", axis="kernel_size", unit="along each axis"),
+            partial(sweep_recipe, "kernel", COMPARED),
+        ),
+        Plot(
+            "scaling-groups",
+            "Scaling with the groups",
+            "Both axes are logarithmic. The groups change neither the bytes nor the arithmetic: "
+            "what they change is how many statistics there are, of how many values each.",
+            select("num_groups"),
+            partial(scaling_figure, base="kb83", axis="num_groups", unit="of the normalisation"),
+            partial(sweep_recipe, "groups", COMPARED),
         ),
         Plot(
             "speedup",

@@ -65,6 +65,7 @@ def scaling_figure(rows: Sequence[Row], base: str, axis: str, unit: str) -> Figu
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     plain_log(ax.xaxis, base=2)
+    ax.set_xticks([x for x, _ in floor])
     plain_log(ax.yaxis)
     ax.tick_params(axis="x", labelsize=12)
     ax.grid(alpha=0.3)
