@@ -352,9 +352,8 @@ def mma_half(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
     2t, 2t + 1 (a0, a1) and 8 more (a2, a3); of B column g, rows 2t, 2t + 1 (b0) and 8 more (b1);
     of C rows g (c0, c1) and g + 8 (c2, c3), columns 2t and 2t + 1.
     """
-    words = cuda.exchange_sync(FULL_WARP, (a0, a1, a2, a3, b0, b1))
-    halves = np.array(words, np.uint32).view(np.float16).reshape(8, 4, 6, 2).astype(np.float64)
-    return _products(halves, c0, c1, c2, c3)
+    lane = (a0, a1, a2, a3, b0, b1), (c0, c1, c2, c3)
+    return cuda.exchange_sync(FULL_WARP, lane, _sums_of_halves)[cuda.laneid]
 
 
 @instruction(
@@ -369,33 +368,44 @@ def mma_tf32(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
     As `mma_half` with one value a word: column t of A for columns 2t, 2t + 1, column t + 4 for
     the 8 more, and the same for the rows of B.
     """
-    words = cuda.exchange_sync(FULL_WARP, (a0, a1, a2, a3, b0, b1))
-    values = np.array(words, np.uint32).view(np.float32).reshape(8, 4, 6, 1).astype(np.float64)
-    return _products(values, c0, c1, c2, c3)
+    lane = (a0, a1, a2, a3, b0, b1), (c0, c1, c2, c3)
+    return cuda.exchange_sync(FULL_WARP, lane, _sums_of_tf32)[cuda.laneid]
 
 
 FLOAT_BITS, NO_EXPONENT = 24, -1000
 EXTRA_BITS = 2  # that a sum has below the last one of an fp32 value of the largest exponent
 
 
-def _products(values, c0, c1, c2, c3):
-    """Four results for the lane that asks; `values` is (g, t, word, part of the word).
+def _sums_of_halves(lanes):
+    """What `mma_half` gives each lane."""
+    return _sums(lanes, np.float16)
+
+
+def _sums_of_tf32(lanes):
+    """What `mma_tf32` gives each lane."""
+    return _sums(lanes, np.float32)
+
+
+def _sums(lanes, dtype):
+    """Four results for each lane of a warp, from what each has of A, B and C.
 
     As an H200 adds them, to the last bit: products and C are shifted to the largest exponent among
     them (a product's is the sum of its factors'), what then lies below the sum's last bits is cut
     off, and so is the result's end. Errors all point towards zero: a long chain drifts.
     """
-    g, t = cuda.laneid // 4, cuda.laneid % 4
-    a = values[g][:, [[0, 2], [1, 3]]].transpose(1, 0, 2, 3).reshape(2, 1, -1)  # rows g, g + 8
-    b = values[2 * t : 2 * t + 2, :, 4:].reshape(1, 2, -1)
-    c = np.array((c0, c1, c2, c3), np.float64)
-    products = (a * b).reshape(4, -1)
-    exponents = (np.frexp(a)[1] + np.frexp(b)[1]).reshape(4, -1) - 1
-    exponents = np.where(products == 0, NO_EXPONENT, exponents).max(axis=1)
+    words, sums = zip(*lanes, strict=True)
+    values = np.array(words, np.uint32).view(dtype).reshape(8, 4, 6, -1).astype(np.float64)
+    a = values[:, :, [[0, 2], [1, 3]]].transpose(2, 0, 1, 3, 4).reshape(2, 8, 1, -1)
+    b = values[:, :, 4:].reshape(8, -1)  # (column, k); a is (rows up to 8 or beyond, row, 1, k)
+    c = np.array(sums, np.float64).reshape(8, 4, 2, 2).transpose(2, 0, 1, 3).reshape(2, 8, 8)
+    products = a * b
+    exponents = np.frexp(a)[1] + np.frexp(b)[1] - 1
+    exponents = np.where(products == 0, NO_EXPONENT, exponents).max(axis=-1)
     exponents = np.maximum(exponents, np.where(c == 0, NO_EXPONENT, np.frexp(c)[1]))
     last_bit = np.ldexp(1.0, exponents - FLOAT_BITS - EXTRA_BITS)
-    cut = np.trunc(products / last_bit[:, None]).sum(axis=1) + np.trunc(c / last_bit)
-    return tuple(_towards_zero(cut * last_bit))
+    cut = np.trunc(products / last_bit[..., None]).sum(axis=-1) + np.trunc(c / last_bit)
+    found = _towards_zero(cut * last_bit).reshape(2, 8, 4, 2).transpose(1, 2, 0, 3)
+    return [tuple(of_lane) for of_lane in found.reshape(32, 4)]
 
 
 def _towards_zero(values):

@@ -395,8 +395,17 @@ class Machine:
         thread.waits = None
         return block.result
 
-    def exchange(self, kind: str, mask: int, value: Any, frame: FrameType) -> list[Any]:
+    def exchange(
+        self,
+        kind: str,
+        mask: int,
+        value: Any,
+        frame: FrameType,
+        combine: Callable[[list[Any]], Any] | None = None,
+    ) -> Any:
         """Gather one value from each lane of `mask`; every lane gets the whole list of 32.
+
+        Or what `combine` makes of that list, once for all of them.
 
         All warp collectives are this one. Lanes that do not exist in a short last warp are
         ignored, as hardware does with lanes that never started.
@@ -424,6 +433,8 @@ class Machine:
             self.events += 1
             self.collectives[kind] += 1
             warp.epoch = self.clock
+            if combine:
+                group.values = combine(group.values)
             self._wake(group.threads, thread)
         else:
             self.suspend(thread)

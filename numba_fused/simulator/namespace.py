@@ -262,7 +262,7 @@ class Cuda:
     """``cuda`` inside a simulated kernel. Anything it lacks raises `AttributeError` by name.
 
     Beyond numba's names there is `exchange_sync`, for the Python meaning of intrinsics in which a
-    warp works together: each lane brings a value and gets the tuple of all 32.
+    warp works together: each lane brings a value and gets what all 32 make together.
     """
 
     warpsize = WARP_SIZE
@@ -345,9 +345,11 @@ class Cuda:
 
     # ------------------------------------------------------------------ warp collectives
 
-    def exchange_sync(self, mask: int, value: Any) -> tuple[Any, ...]:
-        """All 32 lanes' values, None for lanes outside `mask`."""
-        return tuple(self._machine.exchange("exchange_sync", mask, value, _getframe(1)))
+    def exchange_sync(
+        self, mask: int, value: Any, combine: Callable[[list[Any]], Any] = tuple
+    ) -> Any:
+        """All 32 lanes' values, None for lanes outside `mask`; or what `combine` makes of them."""
+        return self._machine.exchange("exchange_sync", mask, value, _getframe(1), combine)
 
     def _shuffle(self, kind: str, mask: int, value: Any, source: int, frame: FrameType) -> Any:
         values = self._machine.exchange(kind, mask, value, frame)
