@@ -390,7 +390,7 @@ plt.show()
 
 # %% [markdown]
 # With runs, the whole kernel with the normalisation in it needs fewer instructions than dropout
-# by itself.
+# by itself. (The profiler counted an earlier form of rung 10's kernel, which drew by runs already.)
 #
 # And the bytes? PyTorch stores the mask for the backward pass, a byte for each element. Here the
 # backward pass draws it again.

@@ -21,6 +21,7 @@
 # * say which lane of a warp holds which element of a matrix that a tensor core multiplies;
 # * make a machine instruction callable from Python, with a meaning that runs without a GPU;
 # * multiply matrices with it, and predict the error of TF32 and of numbers split into two halves;
+# * say how a tensor core adds, why its long sums drift, and how to stop that;
 # * count the matrix instructions of a convolution before it runs, and find them in machine code.
 #
 # Notebook 2 ended with a convolution that is bound by instructions. Here one instruction does the
@@ -28,6 +29,7 @@
 
 # %%
 import importlib
+import math
 import subprocess
 import tempfile
 from pathlib import Path
@@ -45,10 +47,10 @@ from numba.cuda.cudadrv import nvvm
 import numba_fused as nf
 from numba_fused import bench, ladder, plot
 from numba_fused.device import ptx, tensor_tile
-from numba_fused.device.tile_shape import TileShape
+from numba_fused.device.tile_shape import LONGEST_CHAIN, TileShape
 from numba_fused.ladder import rung_7_tensor_core
 from numba_fused.ladder.tensor_cores import tile_shape
-from numba_fused.plot.rows import of_case
+from numba_fused.plot.rows import by_case, of_case, timed
 from numba_fused.plot.style import BLUE, GREEN, GREY, ORANGE, SKY, VERMILION
 from numba_fused.simulator import Simulator
 
@@ -161,11 +163,11 @@ show(ptx.to_tf32.simulated_as)
 # way, for all lanes at once:
 
 # %%
-show(ptx.mma_tf32.simulated_as, ptx._products)
+show(ptx.mma_tf32.simulated_as, ptx._sums)
 
 # %% [markdown]
-# `exchange_sync` is the simulator's: each lane gives its words, waits, and gets those of all. From
-# them each lane computes its own four elements of the result.
+# `exchange_sync` is the simulator's: each lane gives its words and waits. From those of all lanes
+# `_sums` computes the whole result, and each lane takes its own four elements.
 #
 # Now a matrix product by one warp: A is 16 x K, B is K x 8. Each step takes 8 of the K columns.
 
@@ -260,7 +262,7 @@ compare(predicted_error, np.abs(tf32(values) / values - 1).max())
 print(f"2**-11 is {2.0**-11:.4g}")
 
 # %% [markdown]
-# C is not rounded: sums are kept in fp32. So only operands lose bits, and each product is off by
+# C is not rounded to TF32: sums are kept in fp32. So operands lose most, and each product is off by
 # two roundings. They differ in sign, and a sum of many products has many of them.
 #
 # **Predict:** what is the relative error of the product for K = 256?
@@ -410,9 +412,136 @@ plt.show()
 
 # %% [markdown]
 # The two curves at the top lie upon each other: TF32 and halves have the same 11 bits. Three
-# products come out near fp32. The simulator adds up the products of one instruction exactly and
-# rounds once. A tensor core may round on the way, so what counts in the end is the error of a
-# row that a GPU has measured.
+# products begin near fp32, and leave it as K grows. The operands are not to blame, which have as
+# many bits for any K. So it is the sum.
+#
+# ## Sums that are cut off
+#
+# An addition in fp32 takes the float nearest to the exact sum: it errs to either side. What a
+# tensor core does NVIDIA does not say. `_sums` above was found by experiment, and agrees with
+# an H200 to the last bit: the products and C are shifted to the largest exponent among them; of
+# what then lies below the last digit of a float two bits are kept, and the rest is *cut off*; and
+# so is the end of the result, where fp32 would round.
+#
+# The float after 1 is $1 + 2^{-23}$. Let C be 1 and the only product $1.75 \cdot 2^{-24}$, which is
+# most of the way to it.
+#
+# **Predict:** how far above 1 is the result, in units of $2^{-24}$?
+
+# %%
+predicted_step = 2.0
+
+
+# %%
+@cuda.jit
+def add_products(a, b, c):
+    """C + A @ B, in place, by one instruction."""
+    g, t = cuda.laneid // 4, cuda.laneid % 4
+    a0, a1 = ptx.to_tf32(a[g, t]), ptx.to_tf32(a[g + 8, t])
+    a2, a3 = ptx.to_tf32(a[g, t + 4]), ptx.to_tf32(a[g + 8, t + 4])
+    b0, b1 = ptx.to_tf32(b[t, g]), ptx.to_tf32(b[t + 4, g])
+    upper, lower = (g, 2 * t), (g + 8, 2 * t)
+    c0, c1, c2, c3 = c[upper], c[g, 2 * t + 1], c[lower], c[g + 8, 2 * t + 1]
+    c0, c1, c2, c3 = ptx.mma_tf32(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3)
+    c[upper], c[g, 2 * t + 1] = c0, c1
+    c[lower], c[g + 8, 2 * t + 1] = c2, c3
+
+
+UNIT = 2.0**-24
+steps = np.array([1.75, 1, 2, 3, 3.75, 4, -0.25, -0.5, -1, -1.75], np.float32)  # in units
+a, b = np.zeros((16, 8), np.float32), np.zeros((8, 8), np.float32)
+a[: steps.size, 0], b[0] = steps * np.float32(UNIT), 1
+sums = np.ones((16, 8), np.float32)
+Simulator().launch(add_products, 1, 32, a, b, sums)
+found = (sums[: steps.size, 0].astype(np.float64) - 1) / UNIT
+compare(predicted_step, found[0], "units")
+in_fp32 = ((np.float32(1) + a[: steps.size, 0]).astype(np.float64) - 1) / UNIT
+table = pd.DataFrame({"product (units)": steps, "1 + product, fp32": in_fp32, "tensor core": found})
+table.set_index("product (units)")
+
+# %% [markdown]
+# The end of a sum is never rounded up. (Below 1 floats are twice as dense, and $-0.25$ of a unit
+# is what the two extra bits do not hold: nothing is left of it.) One such error is less than
+# two units where rounding makes one at most: hardly worse. But the errors of $n$ roundings have
+# random signs, and grow like $\sqrt n$. The errors of $n$ cuts point to zero, and grow like $n$.
+#
+# This kernel takes three products of halves again. After every `length` steps an ordinary addition,
+# which rounds, joins what they have added up, and they begin at zero anew:
+
+
+# %%
+@cuda.jit
+def product_in_chains(a, b, c, length):
+    g, t = cuda.laneid // 4, cuda.laneid % 4
+    c0, c1, c2, c3 = float32(0), float32(0), float32(0), float32(0)
+    for first in range(0, a.shape[1], 16 * length):
+        s0, s1, s2, s3 = float32(0), float32(0), float32(0), float32(0)
+        for start in range(first, min(first + 16 * length, a.shape[1]), 16):
+            k = start + 2 * t
+            a0, a0_low = split_a(a, g, k)
+            a1, a1_low = split_a(a, g + 8, k)
+            a2, a2_low = split_a(a, g, k + 8)
+            a3, a3_low = split_a(a, g + 8, k + 8)
+            b0, b0_low = split_b(b, k, g)
+            b1, b1_low = split_b(b, k + 8, g)
+            s0, s1, s2, s3 = ptx.mma_half(a0_low, a1_low, a2_low, a3_low, b0, b1, s0, s1, s2, s3)
+            s0, s1, s2, s3 = ptx.mma_half(a0, a1, a2, a3, b0_low, b1_low, s0, s1, s2, s3)
+            s0, s1, s2, s3 = ptx.mma_half(a0, a1, a2, a3, b0, b1, s0, s1, s2, s3)
+        c0, c1, c2, c3 = c0 + s0, c1 + s1, c2 + s2, c3 + s3
+    c[g, 2 * t], c[g, 2 * t + 1] = c0, c1
+    c[g + 8, 2 * t], c[g + 8, 2 * t + 1] = c2, c3
+
+
+# %% [markdown]
+# **Predict:** for 2,304 products, nine times 256, how many times as large is the error of a single
+# chain as for 256?
+
+# %%
+predicted_growth = np.sqrt(2304 / 256)
+
+# %%
+sizes = [16, 64, 256, 768, 2304]
+whole, apart, rounded = [], [], []
+for size in sizes:
+    a, b = normal(16, size), normal(size, 8)
+    whole.append(error(run(product_in_chains, a, b, size)[0], a, b))
+    apart.append(error(run(product_in_chains, a, b, 1)[0], a, b))
+    rounded.append(error(a @ b, a, b))
+compare(predicted_growth, whole[-1] / whole[sizes.index(256)], "times as large")
+
+# %% [markdown]
+# Below, the same with sums of their own for each step; and the errors that an H200 has made of rung
+# 8, `split`, on the stored cases. Rungs 8 and 9 give the matrix instructions of a window sums of
+# their own where an output has more than `LONGEST_CHAIN` products (`TileShape.sums_apart`). Before
+# they did, the H200's errors were 5.6e-7 to 5.0e-6 for 216 to 2,304 products: the upper curve.
+
+# %%
+frame = plot.read_rows(DATA)
+on_gpu = [
+    (math.prod(bench.case_spec(case).weight_shape[1:]), row["error"])
+    for case, found in by_case(frame, "ieee").items()
+    for row in timed(found)
+    if row["variant"] == "split"
+]
+figure, ax = plt.subplots(figsize=(7.2, 3.6))
+ax.loglog(sizes, whole, color=VERMILION, marker="v", label="a single chain")
+ax.loglog(sizes, apart, color=BLUE, marker="o", label="own sums for each step")
+ax.loglog(sizes, rounded, color=GREEN, marker="^", label="fp32, NumPy")
+ax.loglog(*zip(*on_gpu, strict=True), "D", color="black", label="split on an H200 (rows)")
+ax.axvline(LONGEST_CHAIN, color=GREY, lw=1, ls=":")
+ax.text(LONGEST_CHAIN, 1.3e-8, " LONGEST_CHAIN", fontsize=10)
+ax.set_xticks(sizes, sizes)
+ax.minorticks_off()
+ax.set_ylim(1e-8, 2e-5)
+ax.set_xlabel("products in a sum (count; log scale)")
+ax.set_ylabel("error against fp64\n(relative; log scale)")
+ax.legend(loc="upper left", fontsize=10)
+plt.show()
+
+# %% [markdown]
+# The cure costs an addition for each sum, and registers for the second set of sums, so a window of
+# the tile kernels then serves half as many positions. With TF32 the operands' errors are a hundred
+# times larger, and the kernels leave the chain whole.
 #
 # ## The price: range
 #
@@ -686,7 +815,6 @@ else:
 predicted_error = 1e-6
 
 # %%
-frame = plot.read_rows(DATA)
 rows = {
     (row["variant"], row["precision"]): row
     for row in of_case(frame, "kb83", ["ieee", "tf32"])
@@ -790,6 +918,29 @@ my_upper = None  # @ptx.instruction(...) above a def
 attempt(check_3, my_upper)
 
 # %% [markdown]
+# **Exercise 4.** `product_tf32` is a single chain. Write a kernel `(a, b, c)` for one warp that
+# computes `c = a @ b` in TF32 with as many matrix instructions, one for 8 of the K columns, and
+# whose sums are about as good as fp32's. The values of the check have 11 bits, so that rounding to
+# TF32 takes nothing away and what is left is the error of the sums.
+
+
+# %%
+def check_4(kernel):
+    a, b = tf32(normal(16, 768)), tf32(normal(768, 8))
+    chain = error(run(product_tf32, a, b)[0], a, b)
+    try:
+        c, mmas = run(kernel, a, b)
+    except Exception as problem:
+        raise AssertionError(message(problem)) from None
+    distance = error(c, a, b)
+    assert distance < chain / 4, f"the error is {distance:.1e}, that of a single chain {chain:.1e}"
+    assert mmas == 768 // 8, f"{mmas} matrix instructions"
+
+
+my_chains = None  # @cuda.jit above a def
+attempt(check_4, my_chains)
+
+# %% [markdown]
 # ## Solutions
 #
 # Expand a cell to read it. Each is run through the same check.
@@ -834,6 +985,26 @@ def solution_3(a, b):
 
 check_3(solution_3)
 print("solution 3 is right")
+
+
+# %% jupyter={"source_hidden": true} tags=["solution"]
+@cuda.jit
+def solution_4(a, b, c):
+    g, t = cuda.laneid // 4, cuda.laneid % 4
+    c0, c1, c2, c3 = float32(0), float32(0), float32(0), float32(0)
+    for k in range(0, a.shape[1], 8):
+        a0, a1 = ptx.to_tf32(a[g, k + t]), ptx.to_tf32(a[g + 8, k + t])
+        a2, a3 = ptx.to_tf32(a[g, k + t + 4]), ptx.to_tf32(a[g + 8, k + t + 4])
+        b0, b1 = ptx.to_tf32(b[k + t, g]), ptx.to_tf32(b[k + t + 4, g])
+        zero = float32(0)
+        s0, s1, s2, s3 = ptx.mma_tf32(a0, a1, a2, a3, b0, b1, zero, zero, zero, zero)
+        c0, c1, c2, c3 = c0 + s0, c1 + s1, c2 + s2, c3 + s3
+    c[g, 2 * t], c[g, 2 * t + 1] = c0, c1
+    c[g + 8, 2 * t], c[g + 8, 2 * t + 1] = c2, c3
+
+
+check_4(solution_4)
+print("solution 4 is right")
 
 # %% [markdown]
 # **Next:** [6. Backward by recomputation](06_backward_by_recomputation.ipynb): what a backward pass

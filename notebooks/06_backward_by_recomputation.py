@@ -44,6 +44,7 @@ from numba_fused.backward import clear_kernels, tensor_core
 from numba_fused.device import reductions
 from numba_fused.explain import MEASURED
 from numba_fused.ladder.tensor_cores import tile_shape
+from numba_fused.plot.rows import of_case
 from numba_fused.plot.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
 from numba_fused.simulator import Simulator
 
@@ -593,9 +594,9 @@ print(f"write z and read it again {keep_ms:.2f} ms, convolve again {again_ms:.2f
 
 # %% [markdown]
 # With ordinary arithmetic recomputing buys memory with time, and the clear kernels pay that price
-# three times. The way out is to multiply faster: on tensor cores, several times as fast (notebook
-# 5). The trade also depends on the shape: a convolution's products grow with its input channels and
-# its taps, and the bytes of `z` do not.
+# three times. The way out is to multiply faster, on tensor cores (notebook 5). The trade also
+# depends on the shape: a convolution's products grow with its input channels and its taps, and the
+# bytes of `z` do not.
 
 # %%
 rows = []
@@ -706,20 +707,74 @@ print(f"dweight: {weight_tile.taps} taps in {weight_tile.instructions} instructi
 # %% [markdown]
 # And on a real GPU? There autograd uses this variant where the convolution is narrow. Where it is
 # wide, many products would be computed more than once: `numba_fused/backward/library_conv.py` lets
-# the vendor's library convolve, once, and keeps `z` as scratch. Rows of forward and backward pass
-# together are stored like others, if somebody has measured them:
+# the vendor's library convolve, once, and keeps `z` as scratch. Both have been timed, forward and
+# backward pass together, in `plots/data/backward.csv`.
+#
+# **Predict:** how many times as fast as eager PyTorch are both passes of the benchmark, in fp32?
 
 # %%
 frame = plot.read_rows(DATA)
-both_passes = frame[frame["backward"].eq(True) & frame["status"].eq("ok")]
-if both_passes.empty:
-    print("none is stored; on a GPU, this measures them:")
-    print("numba-fused sweep backward --out plots/data/backward.csv")
-else:
-    table = both_passes[["case", "variant", "precision", "p50_ms", "peak_extra_bytes"]].copy()
-    table["peak_extra_bytes"] /= 1e6
-    table.columns = ["case", "variant", "precision", "forward and backward (ms)", "peak (MB)"]
-    print(table.round(3).to_string(index=False))
+forward, both = (
+    {row["variant"]: row for row in of_case(frame, "kb83", ["ieee"], backward=with_backward)}
+    for with_backward in (False, True)
+)
+predicted_times = forward["torch"]["p50_ms"] / forward["auto"]["p50_ms"]
+print(f"the forward pass alone: {predicted_times:.1f} times")
+
+# %%
+compare(predicted_times, both["torch"]["p50_ms"] / both["auto"]["p50_ms"], "times as fast")
+for name, row in both.items():
+    passes = row["p50_ms"], forward[name]["p50_ms"]
+    print(f"{name:13} {passes[0]:5.2f} ms, of which the forward pass takes {passes[1]:.2f}")
+plot.draw(plot.choose(["backward"])[0], frame).figure
+
+# %% [markdown]
+# The block's backward pass convolves twice again, and both passes together take less time than
+# eager PyTorch's forward pass. And memory? A row has the most that a call holds besides its inputs,
+# its output and the gradients that it returns.
+#
+# **Predict** it in MB, for eager PyTorch and for the block. The defaults are what is kept from the
+# forward pass, as reckoned above.
+
+# %%
+predicted_eager = sum(kept_by_eager(case).values()) / 1e6
+predicted_block = kept_by_recomputing(case) / 1e6
+
+# %%
+compare(predicted_eager, both["torch"]["peak_extra_bytes"] / 1e6, "MB, eager PyTorch")
+compare(predicted_block, both["auto"]["peak_extra_bytes"] / 1e6, "MB, the block")
+print(f"its forward pass alone: {both['auto']['forward_peak_extra_bytes'] / 1e6:.2f} MB")
+print(f"dz of a run of samples: {tensor_core.MOST_DZ_BYTES / 1e6:.0f} MB at most")
+
+# %% [markdown]
+# Eager PyTorch needs about two gradients of the size of `E` on top of what it keeps. The block
+# keeps next to nothing, but `dz` has to be somewhere. It is computed for a run of samples, turned
+# into their part of `dx` and `dweight`, and its memory is used again for the next run.
+#
+# One case proves little. These are all that have been measured, in ms, and how many times as fast
+# the block is as the faster of eager PyTorch and `torch.compile`:
+
+# %%
+of_both = frame[frame["backward"].eq(True)]
+table = of_both.pivot(index=["case", "precision"], columns="variant", values="p50_ms")
+table = table[["torch", "torch.compile", "auto"]]
+table["times"] = table[["torch", "torch.compile"]].min(axis=1) / table["auto"]
+kernels = of_both[of_both["variant"] == "auto"].set_index(["case", "precision"])
+table["backward by"] = kernels["differentiates"]
+table.round({"torch": 3, "torch.compile": 3, "auto": 3, "times": 2})
+
+# %%
+for row in of_both[of_both["status"] == "failed"].itertuples():
+    print(f"{row.case} {row.variant} {row.precision}: {row.reason}")
+print(f"measured at commit {', '.join(of_both['commit'].unique())}")
+
+# %% [markdown]
+# Below 1 the block is slower: on wide convolutions, whose products are the library's in any case.
+#
+# What has no time has failed, for the reason listed: a row that is not accurate enough counts for
+# nothing, however fast. The sums of `dweight` run over all positions, and as a single chain of
+# matrix instructions they drift (notebook 5). That is why `weight_gradient.py` gives each step sums
+# of its own; in rows of commits that did not yet do so, long sums fail in fp32.
 
 # %% [markdown]
 # ## Exercises

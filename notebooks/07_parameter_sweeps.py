@@ -46,7 +46,7 @@ from matplotlib.colors import LogNorm
 from numba_fused import bench, ladder, plot, results, rng, sweep
 from numba_fused import compare as comparing
 from numba_fused.explain import MEASURED
-from numba_fused.plot.rows import by_case, of_cases, timed, varies_only
+from numba_fused.plot.rows import all_block_sizes, by_case, of_cases, timed, varies_only
 from numba_fused.plot.style import BLUE, GREEN, ORANGE, SKY, VERMILION
 from numba_fused.simulator import Simulator
 from numba_fused.sweep import Sweep
@@ -431,7 +431,7 @@ plt.show()
 # straight line on log-log axes, whose slope is the power $s$. For the batch, 1 is *in proportion*:
 # twice the samples, twice the time.
 #
-# **Predict:** the slope of `library_conv` from a batch of 16 to one of 128.
+# **Predict:** the slope of `auto`, the package's choice, from a batch of 16 to one of 128.
 
 # %%
 predicted_slope = 0.5
@@ -455,41 +455,39 @@ def slope_between(times, low, high):
     return math.log(times[high] / times[low]) / math.log(high / low)
 
 
-compare(predicted_slope, slope_between(stored_times("library_conv", "batch"), 16, 128))
+compare(predicted_slope, slope_between(stored_times("auto", "batch"), 16, 128))
 
 # %% [markdown]
-# Large batches keep the whole GPU busy, and time is nearly proportional. And `one_kernel`, which
-# launches a block for each sample and group, and so leaves most of the GPU idle if there are few?
+# Large batches keep the whole GPU busy, and time is nearly proportional. And small ones, which
+# leave most of the GPU idle (notebook 2)?
 #
-# **Predict** its slope from a batch of 1 to one of 16.
+# **Predict** the slope from a batch of 1 to one of 4.
 
 # %%
 predicted_slope = 1.0
 
 # %%
-compare(predicted_slope, slope_between(stored_times("one_kernel", "batch"), 1, 16))
+compare(predicted_slope, slope_between(stored_times("auto", "batch"), 1, 4))
 
 # %% [markdown]
-# Sixteen times the work in nearly the same time. That sounds good. It is the opposite: the small
-# batch is slow, not the large one fast. *A slope says how time grows, not how long it takes.*
+# Four times the work in one and a half times the time. That sounds good. It is the opposite: the
+# small batch is slow, not the large one fast. *A slope says how time grows, not how long it takes.*
 #
 # The package's figure has slopes beside the names, each of the upper half of its points, and the
 # memory floor below all:
 
 # %%
-drawing = plot.draw(plot.choose(["scaling"])[0], frame)
-print(drawing.lacks or "all rows are there")
-drawing.figure
+plot.draw(plot.choose(["scaling"])[0], frame).figure
 
 # %% [markdown]
-# **Predict:** the slope of `library_conv` over `plane`, the height and width of the input, from 32
+# **Predict:** the slope of `auto` over `plane`, the height and width of the input, from 32
 # to 64.
 
 # %%
 predicted_slope = 1.0
 
 # %%
-compare(predicted_slope, slope_between(stored_times("library_conv", "plane"), 32, 64))
+compare(predicted_slope, slope_between(stored_times("auto", "plane"), 32, 64))
 
 # %% [markdown]
 # Twice the height and width is four times the values. What "in proportion" means depends on
@@ -497,10 +495,34 @@ compare(predicted_slope, slope_between(stored_times("library_conv", "plane"), 32
 #
 # ## Two axes at once
 #
-# With two axes a figure of lines is a tangle, and a heatmap has one cell for each pair. Before any
-# times: what should one expect of input channels and kernel sizes? More of either means more
-# operations for each byte. A GPU has its *balance*: the operations it can do in the time in which
-# it moves a byte. A case that needs more of them is bound by arithmetic, at best.
+# With two axes a figure of lines is a tangle, and a heatmap has one cell for each pair. The sweep
+# `threads` has six rungs, each with blocks of several sizes.
+#
+# **Predict:** `one_kernel` with 32 threads per block takes how many times as long as with 1,024?
+
+# %%
+predicted_times = 1024 / 32
+
+# %%
+by_threads = {
+    int(row["threads_per_block"]): row["p50_ms"]
+    for row in timed(all_block_sizes(frame, "kb83", "ieee"))
+    if row["variant"] == "one_kernel"
+}
+compare(predicted_times, by_threads[32] / by_threads[1024], "times as long")
+plot.draw(plot.choose(["threads"])[0], frame).figure
+
+# %% [markdown]
+# `one_kernel` has 1,024 blocks, whatever their size, so small ones leave it few threads. The
+# multiprocessors can hold eight times as many, which is why it is not 32 times as slow. For `tiled`
+# and `recompute` 1,024 is too many: a block of that size leaves a thread 64 registers at most, and
+# they compute in registers. Where a line is all of one colour the choice does not matter. (Compare
+# along a line. Each has its own unit, and nothing here says which rung is faster.)
+#
+# Now two axes of the problem. Before any times: what should one expect of input channels and kernel
+# sizes? More of either means more operations for each byte. A GPU has its *balance*: the operations
+# it can do in the time in which it moves a byte. A case that needs more of them is bound by
+# arithmetic, at best.
 
 # %%
 bandwidth, operations_a_second = MEASURED["NVIDIA H200"]
@@ -546,16 +568,32 @@ plt.show()
 
 # %% [markdown]
 # Every cell carries its number; colours alone would make you guess. This is what arithmetic says.
-# What a GPU says, for channels in and out, is a figure of the package, `auto` against PyTorch:
+# What a GPU says has been measured along one of the axes, with a batch of 32: 3 input channels,
+# kernels from 1 to 7.
+#
+# **Predict:** how many times as long as for a kernel of 2, with its 8 times as many products, does
+# `auto` take for a kernel of 1?
 
 # %%
-drawing = plot.draw(plot.choose(["channels"])[0], frame)
-print(drawing.lacks or "all rows are there")
-drawing.figure
+predicted_times = 1 / 8
+
+# %%
+kernels = {
+    bench.case(row["case"]).kernel_size: row
+    for row in of_cases(frame, "ieee", varies_only("kb83-b32,padding=same", "kernel_size"))
+    if row["variant"] == "auto"
+}
+compare(predicted_times, kernels[1]["p50_ms"] / kernels[2]["p50_ms"], "times as long")
+for size, row in sorted(kernels.items()):
+    print(f"kernel {size}: {row['runs']:12} {row['p50_ms']:.3f} ms")
+plot.draw(plot.choose(["scaling-kernel"])[0], frame).figure
 
 # %% [markdown]
-# Where rows are missing, the line above says which command measures them; without any there is no
-# figure.
+# `auto` is a choice and not a kernel, and a row says in `runs` what was chosen. Its line has a kink
+# where the choice changes. (Whether it was the best one, only a row of the other rung could say.)
+# The work grows with the cube of the kernel's size. All lines come near that slope at the end; for
+# small kernels most of the time is that of everything else, which does not grow. The channels have
+# a sweep, too, `numba-fused sweep channels`, and a heatmap, `channels`.
 #
 # ## Two files
 #
