@@ -34,8 +34,8 @@ from torch.func import grad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import numba_fused as nf
+from numba_fused import backward, ladder, ops
 from numba_fused import fused_conv_group_norm_min_clamp_dropout as fused
-from numba_fused import ladder, ops
 from numba_fused.device import cubins, launch
 from numba_fused.device.cubins import Cubin, fingerprint
 from numba_fused.device.launch import GpuLauncher, Parameters, flatten
@@ -654,8 +654,9 @@ def test_absent_vectors_are_made_once() -> None:
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, stub: Driver) -> None:
     """CPU tensors launch on a stub driver that does nothing."""
     monkeypatch.setattr(stub, "_launch", lambda *_: (driver.CUresult.CUDA_SUCCESS,))
-    monkeypatch.setattr(ladder, "launcher_for", lambda device, simulator: GpuLauncher(0, 0))
-    monkeypatch.setattr(ladder, "_bound", {})
+    for module in (ladder, backward):
+        monkeypatch.setattr(module, "launcher_for", lambda device, simulator: GpuLauncher(0, 0))
+        monkeypatch.setattr(module, "_bound", {})
     monkeypatch.setattr(ops, "_calls", {})
     monkeypatch.setattr(ops.plan, "check_simulable", lambda spec, variant: None)
 
@@ -926,6 +927,94 @@ def test_what_only_launches_is_repeated() -> None:
 @pytest.mark.parametrize("what", UNREPEATABLE)
 def test_what_does_anything_else_is_not(what: str) -> None:
     assert not repeats(UNREPEATABLE[what])
+
+
+# ---- the backward pass ---------------------------------------------------------------------------
+
+EVERY: backward.Wanted = (True, True, True, True, True)
+LAUNCHING = ("clear", "tensor_core")  # library_conv calls cuDNN
+
+
+def run_backward(
+    queue: Queue, variant: str, spec: nf.BlockSpec, wanted: backward.Wanted = EVERY, **changes: Any
+) -> list[tuple[Any, ...]]:
+    """What a variant launches; its gradients have the shapes of their operands."""
+    tensors = tensors_of(spec)
+    del tensors["out"]
+    groups = torch.empty(2, spec.batch * spec.num_groups)
+    tensors |= {"grad_out": torch.empty(spec.output_shape), "mean": groups[0], "rstd": groups[1]}
+    tensors |= changes
+    found = backward.run(**tensors, spec=spec, wanted=wanted, variant=variant)
+    named = {name: t for name, t in tensors.items() if t is not None}
+    for name, gradient, want in zip(backward.NAMES, found, wanted, strict=True):
+        assert (gradient is not None) == want
+        if gradient is not None:
+            assert gradient.shape == tensors[name].shape
+            named[f"gradient of {name}"] = gradient
+    return queue.taken(named)
+
+
+def backward_recording() -> Any:
+    """That of the only variant, spec and wanted gradients that have run."""
+    ((_, repeated),) = backward._bound.values()
+    return repeated._recording
+
+
+@pytest.mark.parametrize("wanted", [EVERY, (False, True, False, True, False)])
+@pytest.mark.parametrize("variant", LAUNCHING)
+def test_a_repeated_backward_pass_launches_what_the_first_did(
+    variant: str, wanted: backward.Wanted, queue: Queue
+) -> None:
+    spec = block_spec()
+    first = run_backward(queue, variant, spec, wanted)
+    assert any("gradient of weight" in words for *_, words in first)
+    assert backward_recording() is not None
+    for _ in range(3):
+        assert run_backward(queue, variant, spec, wanted) == first
+
+
+def test_what_is_wanted_and_known_makes_another_backward_pass(queue: Queue) -> None:
+    spec, counts = block_spec(), []
+    for changes in ({}, {"mean": None, "rstd": None}, {"wanted": (False,) * 4 + (True,)}):
+        counts.append([len(run_backward(queue, "tensor_core", spec, **changes)) for _ in range(2)])
+    assert [first == again for first, again in counts] == [True] * 3
+    assert len({first for first, _ in counts}) == 3
+
+
+@pytest.mark.parametrize("misaligned_first", [False, True])
+def test_a_gradient_off_the_alignment_is_not_taken_for_an_aligned_one(
+    misaligned_first: bool, queue: Queue
+) -> None:
+    spec = block_spec()
+    moved = torch.empty(math.prod(spec.output_shape) + 1)[1:].view(spec.output_shape)
+    calls: list[dict[str, Any]] = [{"grad_out": moved}, {}]
+    calls = calls if misaligned_first else calls[::-1]
+    launched = [run_backward(queue, "tensor_core", spec, **call) for call in (*calls, *calls)]
+    assert launched[:2] == launched[2:]
+    one, other = ([kernel for kernel, *_ in launches] for launches in launched[:2])
+    assert one != other
+
+
+def test_a_strided_gradient_is_copied_and_run(queue: Queue) -> None:
+    spec = block_spec()
+    expected = run_backward(queue, "tensor_core", spec)
+    strided = torch.empty(spec.output_shape).to(memory_format=torch.channels_last_3d)
+    launches = run_backward(queue, "tensor_core", spec, grad_out=strided)
+    assert [launch[:4] for launch in launches] == [launch[:4] for launch in expected]
+    assert all("grad_out" not in words for *_, words in launches)
+
+
+def test_gradients_of_two_calls_share_no_memory(queue: Queue) -> None:
+    spec, tensors = block_spec(), tensors_of(block_spec())
+    del tensors["out"]
+    gradient = torch.empty(spec.output_shape)
+    calls = [
+        backward.run(**tensors, grad_out=gradient, spec=spec, wanted=EVERY, variant="tensor_core")
+        for _ in range(4)
+    ]
+    places = [t.data_ptr() for found in calls for t in found if t is not None]
+    assert len(places) == 20
+    assert len(set(places)) == 20
 
 
 def test_repetitions_follow_the_stream(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,13 +8,14 @@ convolutions to cuDNN; `tensor_core` is the fast one, for narrow convolutions.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
 from numba_fused.backward import clear, library_conv, tensor_core
-from numba_fused.backward.operands import Operands, Wanted
+from numba_fused.backward.operands import Wanted
+from numba_fused.backward.replay import Repeated
 from numba_fused.ladder import capability, channel_vector, launcher_for
 from numba_fused.ladder.rung import Ledger, once
 from numba_fused.reference import seed_tensor
@@ -135,22 +136,39 @@ def run(
     if spec.batch == 0:
         found = [t.new_zeros(t.shape) if t is not None else None for t in tensors]
     else:
-        with torch.no_grad():
-            operands = Operands(
-                spec=spec,
-                x=x.ravel(),
-                weight=weight.ravel(),
-                bias=channel_vector(bias, 0.0, weight),
-                gamma=channel_vector(gamma, 1.0, weight),
-                beta=channel_vector(beta, 0.0, weight),
-                grad_out=grad_out.ravel(),
-                seed=seed_tensor(seed if spec.draws else 0, x.device),
-            )
-            statistics = None if mean is None or rstd is None else (mean, rstd)
-            launch = launcher_for(x.device, simulator)
-            found = VARIANTS[variant].gradients(launch, operands, statistics, wanted)
+        operands = (
+            x,
+            weight,
+            grad_out,
+            channel_vector(bias, 0.0, weight),
+            channel_vector(gamma, 1.0, weight),
+            channel_vector(beta, 0.0, weight),
+            seed_tensor(seed if spec.draws else 0, x.device),
+        )
+        statistics = () if mean is None or rstd is None else (mean, rstd)
+        compute = bind(variant, spec, x.device, wanted, bool(statistics))
+        found = compute(launcher_for(x.device, simulator), (*operands, *statistics))
     dx, dweight, dbias, dgamma, dbeta = (
         g.view(t.shape) if want and t is not None and g is not None else None
         for t, g, want in zip(tensors, found, wanted, strict=True)
     )
     return dx, dweight, dbias, dgamma, dbeta
+
+
+# By variant, the spec's id (the entry refers to the spec, so no other can have it), device, the
+# gradients wanted, and whether there are statistics.
+Key: TypeAlias = tuple[str, int, torch.device, Wanted, bool]
+_bound: dict[Key, tuple[BlockSpec, Repeated]] = {}
+MOST_BOUND = 1024
+
+
+def bind(
+    variant: str, spec: BlockSpec, device: torch.device, wanted: Wanted, has_statistics: bool
+) -> Repeated:
+    """What computes such calls."""
+    key = variant, id(spec), device, wanted, has_statistics
+    if (entry := _bound.get(key)) is None:
+        if len(_bound) >= MOST_BOUND:
+            _bound.clear()
+        entry = _bound[key] = spec, Repeated(VARIANTS[variant], spec, wanted)
+    return entry[1]
