@@ -932,6 +932,7 @@ def test_what_does_anything_else_is_not(what: str) -> None:
 # ---- the backward pass ---------------------------------------------------------------------------
 
 EVERY: backward.Wanted = (True, True, True, True, True)
+BETA_ALONE: backward.Wanted = (False, False, False, False, True)
 LAUNCHING = ("clear", "tensor_core")  # library_conv calls cuDNN
 
 
@@ -975,7 +976,8 @@ def test_a_repeated_backward_pass_launches_what_the_first_did(
 
 def test_what_is_wanted_and_known_makes_another_backward_pass(queue: Queue) -> None:
     spec, counts = block_spec(), []
-    for changes in ({}, {"mean": None, "rstd": None}, {"wanted": (False,) * 4 + (True,)}):
+    calls: list[dict[str, Any]] = [{}, {"mean": None, "rstd": None}, {"wanted": BETA_ALONE}]
+    for changes in calls:
         counts.append([len(run_backward(queue, "tensor_core", spec, **changes)) for _ in range(2)])
     assert [first == again for first, again in counts] == [True] * 3
     assert len({first for first, _ in counts}) == 3
