@@ -633,8 +633,8 @@ def tile_functions(shape: TileShape) -> TileFunctions:
     @cuda.jit(device=True)
     def draw_channel(stream, seed, drop_threshold):
         """The mask of a lane's two rows of one channel."""
-        first = keep_bits(uint64(seed[0]), uint64(stream), drop_threshold)
-        second = keep_bits(uint64(seed[0]), uint64(stream + streams_per_row), drop_threshold)
+        first = keep_bits(seed, uint64(stream), drop_threshold)
+        second = keep_bits(seed, uint64(stream + streams_per_row), drop_threshold)
         return uint32(first | second << uint32(COLUMNS))
 
     @cuda.jit(device=True)
@@ -642,9 +642,9 @@ def tile_functions(shape: TileShape) -> TileFunctions:
         """A lane's share of the mask: a word for channel g and one for g + 8."""
         low = high = uint32(0xFFFFFFFF)
         if drop_threshold > 0:
-            stream = first_stream(place)
-            low = draw_channel(stream, seed, drop_threshold)
-            high = draw_channel(stream + 8 * streams_per_channel, seed, drop_threshold)
+            stream, word = first_stream(place), uint64(seed[0])
+            low = draw_channel(stream, word, drop_threshold)
+            high = draw_channel(stream + 8 * streams_per_channel, word, drop_threshold)
         return low, high
 
     @cuda.jit(device=True)
