@@ -55,7 +55,7 @@ TF32_MARGIN, TF32_ERROR = 2e-2, 1e-3
 CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "3-D, padding": ((1, 2, 3, 3, 5), (4, 2, 3, 2, 3), {"padding": 1}),
     "2-D": ((2, 2, 4, 18), (4, 2, 3, 3), {}),
-    "1-D, even kernel": ((3, 4, 20), (6, 4, 4), {"padding": 2, "num_groups": 3}),
+    "1-D, even kernel": ((2, 4, 46), (6, 4, 4), {"padding": 2, "num_groups": 3}),
     "two sets of channels": ((1, 2, 3, 9), (20, 2, 2, 2), {"num_groups": 5}),
     "kernel 1": ((2, 3, 2, 7), (4, 3, 1, 1), {}),
     "padding beyond the kernel": ((1, 1, 2, 3), (2, 1, 2, 2), {"num_groups": 1, "padding": 3}),
@@ -226,6 +226,76 @@ def test_what_is_not_a_number_goes_where_torch_sends_it() -> None:
     assert found
 
 
+# ---- the chain in one pass ----------------------------------------------------------------------
+
+IN_ONE_PASS, IN_THREE_KERNELS = {"chain_kernel"}, {"sums_kernel", "means_kernel", "gradient_kernel"}
+BOTH_WAYS = pytest.mark.parametrize("one_pass", [True, False], ids=["one pass", "three kernels"])
+
+
+def hold(patch: pytest.MonkeyPatch, blocks: int) -> None:
+    """As if the GPU held so many blocks at once."""
+    patch.setattr(tensor_core, "resident_blocks", lambda shape: blocks)
+    patch.setattr(tensor_core, "backward_plan", tensor_core.BackwardPlan)
+
+
+def several_tiles() -> Call:
+    """Three samples of three tiles."""
+    operands = random_operands((3, 1, 3, 2, 4), (2, 1, 1, 1, 1))
+    spec = spec_for(operands, num_groups=1, **TRAINING)
+    plan = tensor_core.backward_plan(spec, tensor_cores.tile_plan(spec, tensor_core.kind(spec)))
+    assert plan.tiles.shape.tiles_per_sample == 3
+    return spec, operands, random_gradient(spec, operands)
+
+
+@pytest.mark.parametrize(("blocks", "schedule"), [(3, None), (4, 1), (5, 2), (9, 3)])
+def test_persistent_blocks_take_several_samples_in_any_order(
+    blocks: int, schedule: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = several_tiles()
+    hold(monkeypatch, blocks)
+    simulator = Simulator(schedule_seed=schedule)
+    found = gradients(call, simulator=simulator)
+    (launch,) = (one for one in simulator.launches if one.kernel == "chain_kernel")
+    assert launch.grid == (blocks, 1, 1)
+    hold(monkeypatch, 2)  # fewer than a sample's tiles: they would wait for ever
+    simulator = Simulator(check_races=False)
+    assert bits(gradients(call, simulator=simulator)) == bits(found)
+    assert set(launched(simulator)) > IN_THREE_KERNELS
+    assert_accurate(found, *call)
+
+
+@pytest.mark.parametrize("case", ["two sets of channels", "two sets of rows", "1-D, even kernel"])
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_one_pass_gives_the_bits_of_three_kernels(
+    case: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = make(case, precision=precision)
+    simulators = [Simulator(check_races=False) for _ in range(2)]
+    found = gradients(call, simulator=simulators[0])
+    hold(monkeypatch, 0)
+    assert bits(gradients(call, simulator=simulators[1])) == bits(found)
+    either = IN_ONE_PASS | IN_THREE_KERNELS
+    assert either.intersection(launched(simulators[0])) == IN_ONE_PASS
+    assert either.intersection(launched(simulators[1])) == IN_THREE_KERNELS
+
+
+@pytest.mark.parametrize(("channels", "one_pass"), [(128, True), (130, False)])
+def test_all_channels_must_be_in_one_tile(channels: int, one_pass: bool) -> None:
+    arguments: dict[str, Any] = {"num_groups": 2, **BOUNDS}
+    spec = BlockSpec.from_arguments((1, 1, 4, 4), (channels, 1, 2, 2), **arguments)
+    tiles = tensor_cores.tile_plan(spec, tensor_core.kind(spec))
+    assert tensor_core.backward_plan(spec, tiles).one_pass == one_pass
+
+
+def test_a_nan_is_not_taken_for_an_absent_sum() -> None:
+    """Not even one that has all bits set, as what marks a record as absent."""
+    spec, operands, grad_out = make("kernel 1", dropout_p=0.0)
+    nan = torch.full(grad_out.shape, -1, dtype=torch.int32).view(torch.float32)
+    _, _, _, dgamma, _ = gradients((spec, operands, nan))
+    assert dgamma is not None
+    assert dgamma.isnan().any()
+
+
 # ---- only what is wanted, a run of samples at a time --------------------------------------------
 
 
@@ -236,13 +306,14 @@ def launched(simulator: Simulator) -> list[str]:
 def test_only_what_is_wanted_is_launched() -> None:
     call = make("kernel 1")
     every = gradients(call)
-    last = {"weight_gradient", "input_gradient", "gradient_kernel", "bias_sum_kernel"}
+    chain = IN_ONE_PASS | IN_THREE_KERNELS
+    last = {"weight_gradient", "input_gradient", "bias_sum_kernel"} | chain
     for which, needs in {
-        0: {"input_gradient", "gradient_kernel"},
-        1: {"weight_gradient", "gradient_kernel"},
-        2: {"bias_sum_kernel", "gradient_kernel"},
-        3: set(),
-        4: set(),
+        0: {"input_gradient", "chain_kernel"},
+        1: {"weight_gradient", "chain_kernel"},
+        2: {"bias_sum_kernel", "chain_kernel"},
+        3: {"sums_kernel", "means_kernel"},
+        4: {"sums_kernel", "means_kernel"},
     }.items():
         wanted: Any = tuple(i == which for i in range(5))
         simulator = Simulator(check_races=False)
@@ -251,15 +322,17 @@ def test_only_what_is_wanted_is_launched() -> None:
         assert last.intersection(launched(simulator)) == needs
 
 
-def test_runs_of_samples_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+@BOTH_WAYS
+def test_runs_of_samples_change_no_bit(one_pass: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """dz of all samples at once would be as large as the output."""
     call = make("1-D, even kernel")
     found = gradients(call)
     monkeypatch.setattr(tensor_core, "MOST_DZ_BYTES", 1)
-    monkeypatch.setattr(tensor_core, "backward_plan", tensor_core.BackwardPlan)
+    hold(monkeypatch, 100 * one_pass)
     simulator = Simulator(check_races=False)
     assert bits(gradients(call, simulator=simulator)) == bits(found)
-    assert launched(simulator).count("sums_kernel") == call[0].batch
+    for kernel in IN_ONE_PASS if one_pass else IN_THREE_KERNELS:
+        assert launched(simulator).count(kernel) == call[0].batch
 
 
 def test_statistics_of_forward_are_used_where_given() -> None:
@@ -273,20 +346,25 @@ def test_statistics_of_forward_are_used_where_given() -> None:
     assert "statistics_kernel" not in launched(simulator)
 
 
+@BOTH_WAYS
 @pytest.mark.parametrize(
     ("case", "wanted", "has_statistics"),
     [
         ("1-D, even kernel", ALL, False),
         ("taps for two blocks", ALL, True),
-        ("kernel 1", (False, True, True, False, True), False),
+        ("2-D", (False, True, True, False, True), False),
     ],
 )
 def test_ledger_is_what_the_simulator_counts(
-    case: str, wanted: Wanted, has_statistics: bool, monkeypatch: pytest.MonkeyPatch
+    case: str,
+    wanted: Wanted,
+    has_statistics: bool,
+    one_pass: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Within what tiny shapes add: whole sectors, records counted as atomics, overlapping tiles."""
     monkeypatch.setattr(tensor_core, "MOST_DZ_BYTES", 1)  # a sample at a time
-    monkeypatch.setattr(tensor_core, "backward_plan", tensor_core.BackwardPlan)
+    hold(monkeypatch, 100 * one_pass)
     call = make(case)
     pairs = torch.ones(2, call[0].batch * call[0].num_groups)
     statistics = {"mean": pairs[0], "rstd": pairs[1]} if has_statistics else {}
@@ -410,6 +488,13 @@ INSTRUCTIONS = {
     "statistics_kernel": ["HMMA.16816.F32", "LDGSTS.E.BYPASS.128"],
     "sums_kernel": ["HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "LDS.128"],
     "gradient_kernel": ["HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "LDS.128"],
+    "chain_kernel": [
+        "HMMA.16816.F32",
+        "LDGSTS.E.BYPASS.128",
+        "LDS.128",
+        "STG.E.64.STRONG.GPU",
+        "LDG.E.64.STRONG.GPU",
+    ],
     "weight_gradient": ["HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "LDSM.16.MT88.4"],
     "input_gradient": ["HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "LDS.64", "LDG.E.128"],
 }
@@ -420,7 +505,9 @@ def recorded(precision: str, architecture: str) -> dict[str, tuple[Any, tuple[An
     """Every kernel and the types of its arguments, for one sample of the benchmark case."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tensor_cores, "has_bulk_copies", lambda device: architecture != "sm_80")
-        return _recorded(precision)
+        in_one_pass = _recorded(precision)
+        hold(patch, 0)
+        return in_one_pass | _recorded(precision)
 
 
 def _recorded(precision: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:

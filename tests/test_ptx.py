@@ -90,6 +90,18 @@ def bits_float_kernel(words, out):
 
 
 @cuda.jit
+def low_bits_kernel(values, out):
+    i = cuda.threadIdx.x
+    out[i] = ptx.low_bits(values[i])
+
+
+@cuda.jit
+def join_words_kernel(low, high, out):
+    i = cuda.threadIdx.x
+    out[i] = ptx.join_words(low[i], high[i])
+
+
+@cuda.jit
 def to_tf32_kernel(values, out):
     i = cuda.threadIdx.x
     out[i] = ptx.to_tf32(values[i])
@@ -275,6 +287,17 @@ def test_the_upper_word_of_a_double_holds_sign_and_exponent(launch: Launch) -> N
     assert out.tolist() == [struct.unpack("<II", struct.pack("<d", v))[1] for v in values]
     assert out[:3].tolist() == [0, 0x80000000, 0x3FF00000]
     assert out[-2] == ABSENT
+
+
+def test_two_words_travel_as_a_double(launch: Launch) -> None:
+    words = np.random.default_rng(5).integers(2**32, size=(2, WARP), dtype=np.uint32)
+    words[:, 0] = 1, ABSENT  # a NaN keeps its bits
+    doubles, low, high = np.zeros(WARP), np.zeros(WARP, np.uint32), np.zeros(WARP, np.uint32)
+    launch(join_words_kernel, words[0].copy(), words[1].copy(), doubles)
+    assert doubles.view(np.uint32).reshape(-1, 2).T.tolist() == words.tolist()
+    launch(low_bits_kernel, doubles, low)
+    launch(high_bits_kernel, doubles, high)
+    assert [low.tolist(), high.tolist()] == words.tolist()
 
 
 @pytest.mark.parametrize("threads", [WARP, 3 * WARP])
@@ -747,6 +770,8 @@ INSTRUCTIONS: list[tuple[Any, Any, tuple[Any, ...], list[str]]] = [
         for element in (F32, U32)
     ),
     (ptx.high_bits, high_bits_kernel, (F64, U32), ["mov.b64 {low, "]),
+    (ptx.low_bits, low_bits_kernel, (F64, U32), ["mov.b64 {"]),
+    (ptx.join_words, join_words_kernel, (U32, U32, F64), ["mov.b64 %fd"]),
     (
         ptx.load_matrices,
         load_matrices_kernel,

@@ -807,11 +807,13 @@ def test_every_record_is_marked_as_absent_and_nothing_else() -> None:
     spec = spec_of("pipelined", operands, num_groups=16)
     plan = tensor_cores.tile_plan(spec, kind_of("pipelined", spec))
     shape = plan.shape
-    assert plan.marking_blocks > shape.packed_tiles
-    assert plan.record_words % (plan.marking_blocks * fragments.THREADS)  # the last ones, too
+    records = plan.record_words
+    marking_blocks = tensor_cores.marking_blocks(shape, int(records))
+    assert marking_blocks > shape.packed_tiles
+    assert records % (marking_blocks * fragments.THREADS)  # the last ones, too
     packed = []
-    for blocks, absent in [(plan.marking_blocks, plan.record_words), (shape.packed_tiles, 0)]:
-        scratch = np.full(plan.scratch_words, 7, np.uint32)
+    for blocks, absent in [(marking_blocks, records), (shape.packed_tiles, 0)]:
+        scratch = np.full(shape.records_at + records, 7, np.uint32)
         weight = operands.weight.view(-1).numpy()
         Simulator().launch(
             fragments.pack_kernel(shape), blocks, fragments.THREADS, weight, scratch, absent

@@ -9,12 +9,14 @@ dz is as large as half the output (as the output, in two halves), so it is not m
 run of samples goes through all kernels before the next one, and they share the memory.
 
 Launch: pack the weights; statistics and their pooling, unless forward kept them; then for each run
-        of samples sums, means, gradient, dweight, dx; and at the end a kernel for the sums over all
-        samples of dgamma, dbeta and dbias, and one for those of dweight.
+        of samples the chain, dweight, dx; and at the end a kernel for the sums over all samples of
+        dgamma, dbeta and dbias, and one for those of dweight. The chain is one kernel where the
+        tiles of a sample fit on the GPU together, else sums, means and gradient.
         Kernels whose results nobody wants are not launched.
 Shapes: those of `clear`; dz and what the halves left over, (samples, D, H, W, K / 2) words each.
-Bytes:  with E the bytes of grad_out: x for the statistics; x + E for the sums; x + E for dz, and
-        E / 2 written (E with ``"ieee"``), which dweight and dx read once each; x for dweight; dx.
+Bytes:  with E the bytes of grad_out: x for the statistics; x + E for the chain (twice, in three
+        kernels), and E / 2 of dz written (E with ``"ieee"``), which dweight and dx read once each;
+        x for dweight; dx.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from torch import Tensor
 from numba_fused.backward.chain_tiles import (
     MEANS_THREADS,
     POSITION_WORDS,
-    RECORD_VALUES,
+    RECORD_WORDS,
     ChainKernels,
     chain_kernels,
 )
@@ -55,11 +57,13 @@ from numba_fused.device.reductions import WARP
 from numba_fused.device.tensor_tile import power_of_two
 from numba_fused.device.tile_shape import CHANNELS
 from numba_fused.ladder.rung import Ledger, seed_bytes, vector_bytes
+from numba_fused.ladder.rung_9_pipelined import resident_blocks
 from numba_fused.ladder.tensor_cores import (
     LEAST_CAPABILITY,
     TileKind,
     TilePlan,
-    prepare,
+    pack,
+    plan_for,
     processor_shared_bytes,
     tile_limit,
     tile_plan,
@@ -148,6 +152,13 @@ class BackwardPlan:
         Words of a sample's dz, of one part.
     samples : int
         In a run that goes through all kernels.
+    resident_blocks : int
+        What the GPU holds at once of `chain_kernel`.
+    chain_record_words : int
+        Words of the records that all tiles of a call wait for.
+    one_pass : bool
+        Whether the chain can be one kernel: with all tiles of a sample resident, and all channels
+        in a tile, so that what a block pools fits the memory of its own sums.
     """
 
     def __init__(self, spec: BlockSpec, tiles: TilePlan) -> None:
@@ -163,6 +174,19 @@ class BackwardPlan:
         whole = InputTile(shape, shape.in_size[0])
         splits = min(shape.in_size[0], -(-ENOUGH_BLOCKS // whole.blocks(self.samples)))
         self.input_tile = InputTile(shape, -(-shape.in_size[0] // splits))
+        self.resident_blocks = resident_blocks(shape)
+        planes = spec.batch * spec.out_channels
+        self.chain_record_words = RECORD_WORDS * planes * self.tile_positions
+        self.one_pass = (
+            shape.tiles_per_sample <= self.resident_blocks
+            and shape.tiles[0] == 1
+            and self.record_words < 2**31
+        )
+
+    @property
+    def record_words(self) -> int:
+        """Words of all records, with those of the statistics, if there is one pass."""
+        return int(self.tiles.record_words) + self.chain_record_words
 
 
 backward_plan = lru_cache(maxsize=1024)(BackwardPlan)
@@ -198,19 +222,25 @@ class Backward:
     ) -> None:
         spec = operands.spec
         self.launch, self.operands, self.wanted = launch, operands, wanted
-        tiles, self.scratch = prepare(
-            launch, spec, kind(spec), operands.x, operands.weight, operands.grad_out
-        )
+        tiles = plan_for(spec, kind(spec), operands.x, operands.grad_out)
         self.plan = plan = backward_plan(spec, tiles)
         self.shape = tiles.shape
+        self.one_pass = plan.one_pass and any(wanted[:3])
+        words = plan.record_words if self.one_pass else int(tiles.record_words)
+        absent = words if self.one_pass else 0
+        self.scratch = pack(launch, tiles, operands.weight, words, absent)
         self.mean, self.rstd = statistics or self.group_statistics()
 
         planes, run_positions = spec.batch * spec.out_channels, plan.samples * plan.tile_positions
-        self.records = self.floats(RECORD_VALUES * run_positions * spec.out_channels)
-        run_threads = plan.samples * self.shape.tiles_per_sample * self.shape.threads
-        self.passes = self.empty(2 * run_threads, torch.uint32)
+        if self.one_pass:
+            self.records = self.scratch[-plan.chain_record_words :]
+        else:
+            words = RECORD_WORDS * run_positions * spec.out_channels
+            self.records = self.empty(words, torch.uint32)
+            run_threads = plan.samples * self.shape.tiles_per_sample * self.shape.threads
+            self.passes = self.empty(2 * run_threads, torch.uint32)
+            self.coefficients = self.floats(4 * planes)
         self.sum_g, self.sum_gx = self.floats(planes), self.floats(planes)
-        self.coefficients = self.floats(4 * planes)
         self.scales = self.empty(2 * spec.batch, torch.int32)
         if any(wanted[:3]):
             self.dz = self.empty(plan.samples * plan.sample_words, torch.uint32)
@@ -232,6 +262,12 @@ class Backward:
         """Memory for fp32 values."""
         return self.empty(size, torch.float32)
 
+    @property
+    def bounds(self) -> tuple[Any, Any]:
+        """Strictly between which the chain passes a gradient."""
+        cap, min_value, max_value = self.operands.arguments.bounds
+        return min_value, min(cap, max_value)
+
     def gradients(self) -> list[Tensor | None]:
         """All kernels, in order."""
         batch, step = self.operands.spec.batch, self.plan.samples
@@ -239,10 +275,13 @@ class Backward:
             self.pack_turned_weights()
         for first in range(0, batch, step):
             samples = min(step, batch - first)
-            self.sums(first, samples)
-            self.means(first, samples)
-            if any(self.wanted[:3]):
-                self.convolution_gradient(first, samples)
+            if self.one_pass:
+                self.chain(first, samples)
+            else:
+                self.sums(first, samples)
+                self.means(first, samples)
+                if any(self.wanted[:3]):
+                    self.convolution_gradient(first, samples)
             if self.wanted[1]:
                 self.weight_gradient(first, samples)
             if self.wanted[0]:
@@ -257,25 +296,27 @@ class Backward:
 
     # ---- one method for each kernel -------------------------------------------------------------
 
-    def launch_tiles(self, kernel: Any, samples: int, *arguments: Any) -> None:
-        """One of the kernels that convolve, a tile a block."""
-        shape = self.shape
+    def launch_tiles(
+        self, kernel: Any, blocks: int, *arguments: Any, cooperative: bool = False
+    ) -> None:
+        """One of the kernels that convolve."""
         self.launch(
             kernel,
-            samples * shape.tiles_per_sample,
-            shape.threads,
+            blocks,
+            self.shape.threads,
             self.operands.x,
             self.scratch,
             self.operands.bias,
             *arguments,
-            shared_bytes=shape.shared_bytes,
+            shared_bytes=self.shape.shared_bytes,
+            cooperative=cooperative,
         )
 
     def group_statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and rstd of each (sample, group)."""
         operands, batch = self.operands, self.operands.spec.batch
         kept = self.floats(2 * operands.arguments.group_count)
-        self.launch_tiles(self.plan.kernels.statistics, batch)
+        self.launch_tiles(self.plan.kernels.statistics, batch * self.shape.tiles_per_sample)
         self.launch(
             self.plan.kernels.pool,
             batch * self.shape.tiles[0],
@@ -290,11 +331,10 @@ class Backward:
     def sums(self, first: int, samples: int) -> None:
         """Records of g's sums, and where the chain passes a gradient."""
         operands, arguments = self.operands, self.operands.arguments
-        cap, min_value, max_value = arguments.bounds
         _, drop_threshold, keep_scale = arguments.dropout
         self.launch_tiles(
             self.plan.kernels.sums,
-            samples,
+            samples * self.shape.tiles_per_sample,
             operands.gamma,
             operands.beta,
             self.mean,
@@ -303,7 +343,7 @@ class Backward:
             self.records,
             self.passes,
             np.int32(first),
-            (min_value, min(cap, max_value)),
+            self.bounds,
             operands.seed,
             drop_threshold,
             keep_scale,
@@ -328,10 +368,9 @@ class Backward:
     def convolution_gradient(self, first: int, samples: int) -> None:
         """dz of some samples."""
         operands = self.operands
-        of_sample = operands.spec.out_channels * self.plan.tile_positions
         self.launch_tiles(
             self.plan.kernels.gradient,
-            samples,
+            samples * self.shape.tiles_per_sample,
             self.mean,
             self.rstd,
             self.coefficients,
@@ -339,9 +378,42 @@ class Backward:
             self.passes,
             self.dz,
             self.rest,
-            self.dz_records[first * of_sample :],
+            self.dz_sums(first),
             np.int32(first),
             operands.arguments.dropout[2],
+        )
+
+    def dz_sums(self, first: int) -> Tensor:
+        """Where the sums of dz of a run's tiles go."""
+        return self.dz_records[first * self.operands.spec.out_channels * self.plan.tile_positions :]
+
+    def chain(self, first: int, samples: int) -> None:
+        """`sums`, `means` and `convolution_gradient` in one launch."""
+        operands, arguments = self.operands, self.operands.arguments
+        _, drop_threshold, keep_scale = arguments.dropout
+        tiles = samples * self.shape.tiles_per_sample
+        self.launch_tiles(
+            self.plan.kernels.one_pass,
+            min(tiles, self.plan.resident_blocks),
+            operands.gamma,
+            operands.beta,
+            self.mean,
+            self.rstd,
+            operands.grad_out,
+            self.records,
+            self.sum_g,
+            self.sum_gx,
+            self.scales,
+            self.dz,
+            self.rest,
+            self.dz_sums(first),
+            np.int32(first),
+            np.int32(tiles),
+            self.bounds,
+            operands.seed,
+            drop_threshold,
+            keep_scale,
+            cooperative=True,
         )
 
     def weight_gradient(self, first: int, samples: int) -> None:
@@ -443,22 +515,29 @@ def ledger(spec: BlockSpec, wanted: Wanted, *, has_statistics: bool) -> Ledger:
     convolving = spec.x_bytes + runs * (packed + factors + vector)
     scales = 8 * batch
 
-    kernels = [(2 * weight, packed + 4 * (shape.records_at - shape.unscale_at))]
+    one_pass = plan.one_pass and any(wanted[:3])
+    marked = 4 * plan.record_words if one_pass else 0
+    kernels = [(2 * weight, packed + 4 * (shape.records_at - shape.unscale_at) + marked)]
     launches = 1
     if not has_statistics:
         kernels += [(spec.x_bytes + packed + factors + vector, sums), (sums, pairs)]
         launches += 2
     of_tiles = convolving + spec.output_bytes + pairs
-    kernels.append(
-        (of_tiles + runs * (2 * vector + seed_bytes(spec)), RECORD_VALUES * records + passes)
-    )
-    kernels.append(
-        (RECORD_VALUES * records + pairs // 2 + runs * vector, 2 * planes + 4 * planes + scales)
-    )
-    launches += 2 * runs
-    if any(wanted[:3]):
-        kernels.append((of_tiles + 3 * planes + passes, dz + records))
+    for_sums = of_tiles + runs * (2 * vector + seed_bytes(spec))
+    sums_written = 2 * planes + scales
+    if one_pass:
+        chain_records = RECORD_WORDS * records
+        kernels.append((for_sums + chain_records, chain_records + sums_written + dz + records))
         launches += runs
+    else:
+        kernels.append((for_sums, RECORD_WORDS * records + passes))
+        kernels.append(
+            (RECORD_WORDS * records + pairs // 2 + runs * vector, sums_written + 4 * planes)
+        )
+        launches += 2 * runs
+        if any(wanted[:3]):
+            kernels.append((of_tiles + 3 * planes + passes, dz + records))
+            launches += runs
     if wanted[0]:
         turned, unscale = 4 * input_tile.packed_words, 4 * input_tile.rows
         kernels.append((weight, turned + 4 * CHANNELS * input_tile.row_groups))

@@ -183,6 +183,18 @@ def high_bits(value):
     return np.array([value], np.float64).view(np.uint32)[1]
 
 
+@instruction("{ .reg .b32 high; mov.b64 {$0, high}, $1; }", "=r,d", uint32(float64))
+def low_bits(value):
+    """The lower 32 bits of a double."""
+    return np.array([value], np.float64).view(np.uint32)[0]
+
+
+@instruction("mov.b64 $0, {$1, $2};", "=d,r,r", float64(uint32, uint32))
+def join_words(low, high):
+    """The double of these bits."""
+    return np.array([low, high], np.uint32).view(np.float64)[0]
+
+
 # Read anew at each use, these keep the compiler from computing everything that depends on them
 # before a long loop and spilling it for want of registers.
 

@@ -162,10 +162,6 @@ class TilePlan:
         Whether to draw, the largest draw that drops, the scale.
     record_words : int32
         Words of the records of all samples.
-    scratch_words : int
-        With the packed weights and their factors.
-    marking_blocks : int
-        Blocks that pack the weights and mark all records as absent.
     """
 
     def __init__(
@@ -174,9 +170,6 @@ class TilePlan:
         self.shape = shape = tile_shape(spec, kind, aligned, bulk_copies)
         self.tiles = np.int32(spec.batch * shape.tiles_per_sample)
         self.record_words = np.int32(spec.batch * shape.sample_record_words)
-        self.scratch_words = shape.records_at + int(self.record_words)
-        blocks = min(int(self.record_words) // (4 * PACK_THREADS), MARKING_BLOCKS)
-        self.marking_blocks = max(shape.packed_tiles, blocks)
 
         # What is dropped is multiplied by zero anyway, so with p = 1 any scale will do.
         scale = spec.keep_scale or 1.0
@@ -202,41 +195,63 @@ def has_bulk_copies(device: torch.device) -> bool:
     return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def prepare(
-    launch: Launcher, spec: BlockSpec, kind: TileKind, x: Tensor, weight: Tensor, out: Tensor
-) -> tuple[TilePlan, Tensor]:
-    """Choose the tile, allocate what the kernels share and pack the weights: one launch.
+def plan_for(spec: BlockSpec, kind: TileKind, x: Tensor, out: Tensor) -> TilePlan:
+    """Choose the tile.
 
-    Where tiles will wait for each other's records, all are marked as absent.
+    Parameters
+    ----------
+    spec : BlockSpec
+    kind : TileKind
+    x : Tensor
+        Flat and contiguous.
+    out : Tensor
+        The output, or its gradient: what else tiles move.
+    """
+    aligned = (x.data_ptr() | out.data_ptr()) % 16 == 0
+    return tile_plan(spec, kind, aligned, has_bulk_copies(x.device))
+
+
+def marking_blocks(shape: TileShape, absent: int) -> int:
+    """Blocks that pack the weights and mark `absent` words of records."""
+    return max(shape.packed_tiles, min(absent // (4 * PACK_THREADS), MARKING_BLOCKS))
+
+
+def pack(launch: Launcher, plan: TilePlan, weight: Tensor, records: int, absent: int) -> Tensor:
+    """Allocate what the kernels share and pack the weights: one launch.
 
     Parameters
     ----------
     launch : Launcher
-    spec : BlockSpec
-    kind : TileKind
-    x, weight : Tensor
+    plan : TilePlan
+    weight : Tensor
         Flat and contiguous.
-    out : Tensor
-        The output, or its gradient: what else tiles move.
+    records : int
+        Words of all records.
+    absent : int
+        How many of them are marked as absent, for tiles that wait for them.
 
     Returns
     -------
-    plan : TilePlan
-    scratch : Tensor
+    Tensor
         uint32: packed weights, factors, records (see `TileShape`).
     """
-    aligned = (x.data_ptr() | out.data_ptr()) % 16 == 0
-    plan = tile_plan(spec, kind, aligned, has_bulk_copies(x.device))
-    scratch = torch.empty(plan.scratch_words, dtype=torch.uint32, device=x.device)
-    launch(
-        pack_kernel(plan.shape),
-        plan.marking_blocks if kind.one_pass else plan.shape.packed_tiles,
-        PACK_THREADS,
-        weight,
-        scratch,
-        plan.record_words if kind.one_pass else np.int32(0),
-    )
-    return plan, scratch
+    shape = plan.shape
+    scratch = torch.empty(shape.records_at + records, dtype=torch.uint32, device=weight.device)
+    blocks = marking_blocks(shape, absent)
+    launch(pack_kernel(shape), blocks, PACK_THREADS, weight, scratch, np.int32(absent))
+    return scratch
+
+
+def prepare(
+    launch: Launcher, spec: BlockSpec, kind: TileKind, x: Tensor, weight: Tensor, out: Tensor
+) -> tuple[TilePlan, Tensor]:
+    """What forward needs: `plan_for`, and `pack`.
+
+    Where tiles will wait for each other's records, all are marked as absent.
+    """
+    plan = plan_for(spec, kind, x, out)
+    records = int(plan.record_words)
+    return plan, pack(launch, plan, weight, records, records if kind.one_pass else 0)
 
 
 def tile_ledger(spec: BlockSpec, kind: TileKind) -> Ledger:
