@@ -903,6 +903,17 @@ def test_views_of_scratch_memory_and_of_operands_are_followed(queue: Queue) -> N
     assert rung._recording is not None
 
 
+def test_recording_does_not_import_the_compiler() -> None:
+    """It takes two seconds, of which a first call would be made."""
+    program = (
+        "import sys, torch; from numba_fused.device.recording import Recorder\n"
+        "with Recorder(None, [torch.ones(3)]) as recorder: (view,) = recorder.follow()\n"
+        "assert recorder.knows(view)\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 UNREPEATABLE: dict[str, Callable[..., Any]] = {
     "a tensor filled": lambda launch, o: launch(add_kernel, 1, 32, o.x, torch.zeros(3), 1),
     "an operand written": lambda launch, o: (o.out.zero_(), launch(add_kernel, 1, 32, o.x, o.x, 1)),

@@ -54,6 +54,11 @@ class Recorder(TorchDispatchMode):
         Bytes of each allocation.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: guarding `__torch_dispatch__` would import the compiler, 2 s of the first call."""
+        return False
+
     def __init__(self, launcher: GpuLauncher, tensors: Sequence[Tensor]) -> None:
         super().__init__()
         self.given = len(tensors)
