@@ -399,7 +399,7 @@ def bench(
     if profile is not None:
         counted, _, kernel = profile.partition(":")
         for name, arithmetic in runs:
-            _profile(name, counted, kernel, arithmetic, as_json)
+            _profile(name, counted, kernel, arithmetic, None, as_json)
         return
     chosen = variant or results.variants()
     with usage_errors():
@@ -492,18 +492,27 @@ def profile(
     variant: Annotated[str, typer.Argument(help="A rung, torch.compile or auto.")],
     kernel: Annotated[str, typer.Option(help="Only kernels with this in their name.")] = "",
     precision: Annotated[str, typer.Option(help="ieee or tf32.")] = "ieee",
+    out: Annotated[
+        Path | None, typer.Option(help="File for the counters, which may hold others' already.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run one call under ncu and show, kernel by kernel, the counters that matter."""
-    _profile(case, variant, kernel, precision, as_json)
+    _profile(case, variant, kernel, precision, out, as_json)
 
 
-def _profile(case: str, variant: str, kernel: str, precision: str, as_json: bool) -> None:
-    from numba_fused import profile
+def _profile(
+    case: str, variant: str, kernel: str, precision: str, out: Path | None, as_json: bool
+) -> None:
+    from numba_fused import profile, results
 
     with usage_errors():
+        if out is not None:
+            results.check_table(out)
         counters = profile.run(case, variant, kernel, precision)
         ledger = profile.ledger_bytes(case, variant, precision)
+        if out is not None:
+            profile.keep(counters, case, variant, precision, out)
     if as_json:
         print_json([{"ledger_bytes": ledger, **launch.to_dict()} for launch in counters])
         return
@@ -522,6 +531,7 @@ PROFILE_LINES = (
     ("DRAM GB/s", "dram_gb_per_s", 1, ",.0f"),
     ("L2 hits, %", "l2_hit_rate", 1, ".1f"),
     ("issue slots busy, %", "issue_active", 1, ".1f"),
+    ("instructions, M", "instructions", 1e-6, ",.1f"),
     ("IPC per SM", "ipc", 1, ".2f"),
     ("tensor pipe, %", "tensor_pipe", 1, ".1f"),
     ("FMA pipe, %", "fma_pipe", 1, ".1f"),
@@ -545,6 +555,32 @@ def _print_counters(counters: list[KernelCounters]) -> None:
     table.add_row("most waited for", *(launch.top_stall or "" for launch in counters))
     table.add_row("grid", *(launch.grid for launch in counters))
     table.add_row("block", *(launch.block for launch in counters))
+    console.print(table)
+
+
+@app.command()
+def first_call(
+    case: Annotated[str, typer.Option(help="A small one.")] = "kb83-b1",
+    precision: Annotated[str, typer.Option(help="ieee or tf32.")] = "ieee",
+    repeats: Annotated[int, typer.Option(min=1, help="Pairs of processes.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="File for the rows, .csv or .parquet.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time the first call of a new process: kernels compiled, and loaded from the disk cache."""
+    from numba_fused import first_call, results
+
+    with usage_errors():
+        if out is not None:
+            results.check_table(out)
+        rows = first_call.run(case, precision, repeats)
+        if out is not None:
+            results.write_table(rows, out)
+    if as_json:
+        print_json(rows.to_dict("records"))
+        return
+    table = numbers_table("cache of kernels", ("least s", "median s", "most s"))
+    for cache, seconds in rows.groupby("cache", sort=False)["seconds"]:
+        table.add_row(str(cache), *(f"{seconds.quantile(q):.2f}" for q in (0, 0.5, 1)))
     console.print(table)
 
 
@@ -890,7 +926,7 @@ def train(
     Clips of moving digits; on a CPU tiny ones. Fails if the losses differ by more than other
     dropout masks make them differ.
     """
-    from numba_fused import training
+    from numba_fused import results, training
     from numba_fused.plot import check_suffix, save
 
     with usage_errors():
@@ -899,7 +935,7 @@ def train(
         if problem.device == "cuda":  # a CPU's rows do not take the place of a GPU's
             out, figure = out or training.DATA, figure or training.FIGURE
         if out:
-            training.check_out(out)
+            results.check_table(out)
         if figure:
             check_suffix(figure)
         names = training.implementations(compiled)
@@ -907,7 +943,7 @@ def train(
             runs = [training.train(problem, name, advance) for name in names]
         rows = training.rows(problem, runs)
         if out:
-            training.write(rows, out)
+            results.write_table(rows, out)
         if figure:
             drawn = training.figure(rows)
             for suffix in (".png", ".svg"):

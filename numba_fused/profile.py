@@ -12,9 +12,14 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from numba_fused import results
 from numba_fused.results import COMPILED, EAGER
 
 # The counter's field in `KernelCounters`, and its name in ncu for compute capability 8.0 and 9.0.
@@ -23,6 +28,7 @@ METRICS = {
     "dram_read": "dram__bytes_read.sum",
     "dram_written": "dram__bytes_write.sum",
     "issue_active": "smsp__issue_active.avg.pct_of_peak_sustained_active",
+    "instructions": "smsp__inst_executed.sum",
     "ipc": "sm__inst_executed.avg.per_cycle_active",
     "tensor_pipe": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
     "alu_pipe": "sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active",
@@ -70,8 +76,10 @@ class KernelCounters:
         Bytes.
     issue_active, tensor_pipe, alu_pipe, fma_pipe : float
         Percent of the cycles an SM is active: that a scheduler issues, that a pipe is busy.
+    instructions : float
+        Warp instructions.
     ipc : float
-        Warp instructions per active cycle and SM.
+        Of them per active cycle and SM.
     shared_wavefronts, bank_conflicts : float
         Cycles of the shared-memory data pipe, and how many of them conflicts cost.
     registers : float
@@ -93,6 +101,7 @@ class KernelCounters:
     dram_read: float | None
     dram_written: float | None
     issue_active: float | None
+    instructions: float | None
     ipc: float | None
     tensor_pipe: float | None
     alu_pipe: float | None
@@ -165,6 +174,29 @@ def ledger_bytes(case: str, variant: str, precision: str = "ieee") -> int | None
         return None
     spec = bench.case_spec(case, precision=precision)
     return ladder.get(bench.resolve(variant, spec)).ledger(spec).bytes_moved
+
+
+def keep(
+    counters: Sequence[KernelCounters], case: str, variant: str, precision: str, path: Path
+) -> None:
+    """Write a call's counters to a file, in place of those it has of the same call.
+
+    A row a launch: case, variant, precision, ledger_bytes of the whole call, the fields of
+    `KernelCounters`, and where and with what they were counted (`results.provenance`).
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        As `results.check_table`.
+    """
+    what = {"case": case, "variant": variant, "precision": precision}
+    common = what | {"ledger_bytes": ledger_bytes(case, variant, precision)}
+    rows = pd.DataFrame([{**common, **c.to_dict(), **results.provenance()} for c in counters])
+    if path.exists():
+        known = results.read_table(path)
+        others = ~(known[list(what)] == pd.Series(what)).all(axis="columns")
+        rows = pd.concat([known.loc[others], rows], ignore_index=True)
+    results.write_table(rows, path)
 
 
 def _under_ncu(case: str, variant: str, precision: str) -> str:

@@ -298,6 +298,38 @@ def _read_csv(path: Path) -> pd.DataFrame:
     )
 
 
+def check_table(path: Path) -> None:
+    """Raise what `write_table` would raise, before anything is measured for the file.
+
+    Raises
+    ------
+    ValueError
+        The name ends in neither ``.csv`` nor ``.parquet``.
+    RuntimeError
+        It is parquet and pyarrow is not installed.
+    """
+    if path.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"rows are written as .csv or .parquet, but got {path.name!r}")
+    if is_parquet(path):
+        _need_pyarrow()
+
+
+def write_table(frame: pd.DataFrame, path: Path) -> None:
+    """Write a table with columns of its own, in place of what the file held."""
+    check_table(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if is_parquet(path):
+        frame.to_parquet(path, index=False)
+    else:
+        frame.to_csv(path, index=False)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """What `write_table` wrote."""
+    check_table(path)
+    return pd.read_parquet(path) if is_parquet(path) else pd.read_csv(path)
+
+
 def is_parquet(path: Path) -> bool:
     """Whether a file of that name holds parquet; all others hold CSV."""
     return path.suffix == ".parquet"

@@ -16,13 +16,11 @@ The block is within noise if its loss is no further from the reference's than th
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -571,34 +569,6 @@ def rows(problem: Problem, runs: Sequence[Result]) -> pd.DataFrame:
         for step in run.steps
     ]
     return pd.DataFrame(records, columns=list(COLUMNS))
-
-
-def check_out(path: Path) -> None:
-    """Raise what `write` would raise, before anything is trained for the file.
-
-    Raises
-    ------
-    ValueError
-        The name ends in neither ``.csv`` nor ``.parquet``.
-    RuntimeError
-        It is parquet and pyarrow is not installed.
-    """
-    if path.suffix not in (".csv", ".parquet"):
-        raise ValueError(f"rows are written as .csv or .parquet, but got {path.name!r}")
-    if results.is_parquet(path) and importlib.util.find_spec("pyarrow") is None:
-        raise RuntimeError(
-            "rows in parquet need pyarrow: pip install 'numba_fused[parquet]', or name a .csv file"
-        )
-
-
-def write(frame: pd.DataFrame, path: Path) -> None:
-    """Write the rows of one command, in place of what the file held; raises as `check_out`."""
-    check_out(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if results.is_parquet(path):
-        frame.to_parquet(path, index=False)
-    else:
-        frame.to_csv(path, index=False)
 
 
 # ---- the figure ---------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from numba_fused import bench, cli, demo, environment, ladder, results, verify
+from numba_fused import bench, cli, demo, environment, first_call, ladder, profile, results, verify
 from numba_fused.environment import advise
 from numba_fused.profile import METRICS, STALL, STALLS, short_name
 from numba_fused.results import Row
@@ -21,7 +21,7 @@ from numba_fused.results import Row
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
     *("demo", "verify", "explain", "env", "bench", "profile", "sweep", "compare"),
-    *("plot", "report", "mistakes", "train"),
+    *("plot", "report", "mistakes", "train", "first-call"),
 )
 
 
@@ -508,6 +508,21 @@ def test_profile_of_one_kernel_and_as_json(fake_ncu: Path) -> None:
     assert launch["grid"] == "(132, 1, 1)"
 
 
+def test_profile_keeps_the_last_counters_of_each_call(fake_ncu: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows" / "counters.csv"
+    for variant in ("library_conv", "torch", "library_conv"):
+        result = numba_fused("profile", "kb83", variant, "--out", str(path))
+        assert result.exit_code == 0, result.output
+    rows = results.read_table(path)
+    assert list(rows["variant"]) == ["torch"] * 2 + ["library_conv"] * 2
+    assert list(rows["kernel"]) == ["conv", "moments_kernel"] * 2
+    assert set(rows["ledger_bytes"]) == {
+        profile.ledger_bytes("kb83", v) for v in ("torch", "library_conv")
+    }
+    assert set(rows["dram_read"]) == {440_912_640}
+    assert not rows["commit"].isna().to_numpy().any()
+
+
 @pytest.mark.parametrize("width", [100, 150])
 def test_profile_table_fits_the_terminal(
     fake_ncu: Path, monkeypatch: pytest.MonkeyPatch, width: int
@@ -520,6 +535,40 @@ def test_profile_table_fits_the_terminal(
     lines = numba_fused("profile", "kb83", "torch").stdout.splitlines()
     assert max(map(len, lines)) <= width
     assert sum(line.count("388.8") for line in lines) == 10
+
+
+def test_first_calls_are_of_processes_that_share_a_cache_in_pairs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    caches: list[Path] = []
+
+    def process(case: str, precision: str, cache: Path) -> float:
+        assert (case, precision, cache.is_dir()) == ("kb83-b1", "tf32", True)
+        caches.append(cache)
+        return 8.0 / len(caches)
+
+    monkeypatch.setattr(first_call, "_in_new_process", process)
+    monkeypatch.setattr(bench, "check_gpu", lambda: None)
+    path = tmp_path / "first.csv"
+    command = ("first-call", "--precision", "tf32", "--repeats", "2", "--out", str(path))
+    result = numba_fused(*command)
+    assert result.exit_code == 0, result.output
+    assert caches[0] == caches[1] != caches[2] == caches[3]
+    rows = results.read_table(path)
+    assert list(rows["cache"]) == ["cold", "warm"] * 2
+    assert list(rows["seconds"]) == [8.0, 4.0, pytest.approx(8 / 3), 2.0]
+    cells = {
+        line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line.strip()
+    }
+    assert cells["cold"] == ["2.67", "5.33", "8.00"]
+
+
+def test_a_first_call_that_fails_says_what_it_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "check_gpu", lambda: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    result = numba_fused("first-call")
+    assert result.exit_code == 2
+    assert "process that was to be timed failed: RuntimeError: " in result.output
 
 
 def test_profile_without_ncu_says_where_it_is(

@@ -19,7 +19,7 @@ from matplotlib.patches import Rectangle
 from typer.testing import CliRunner
 
 import numba_fused as nf
-from numba_fused import cli, ladder, training
+from numba_fused import cli, ladder, results, training
 from numba_fused.training import COMPILED, EAGER, FUSED, REFERENCE, MovingDigits, Problem
 
 TINY = Problem(steps=8, batch=8, frames=4, plane=12, zoom=1)
@@ -279,8 +279,8 @@ def test_a_file_holds_the_rows_of_the_last_command(
     frame: pd.DataFrame, tmp_path: Path, suffix: str
 ) -> None:
     path = tmp_path / "new" / f"rows{suffix}"
-    training.write(frame.head(2), path)
-    training.write(frame, path)
+    results.write_table(frame.head(2), path)
+    results.write_table(frame, path)
     found = pd.read_csv(path) if suffix == ".csv" else pd.read_parquet(path)
     assert list(found.columns) == list(training.COLUMNS)
     np.testing.assert_allclose(found["loss"], frame["loss"])
@@ -291,10 +291,10 @@ def test_files_that_cannot_be_written_are_refused_beforehand(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(ValueError, match=r"as \.csv or \.parquet, but got 'rows.txt'"):
-        training.check_out(Path("rows.txt"))
-    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
+        results.check_table(Path("rows.txt"))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(RuntimeError, match=r"pip install 'numba_fused\[parquet\]'"):
-        training.check_out(Path("rows.parquet"))
+        results.check_table(Path("rows.parquet"))
 
 
 # ---- agreement ----------------------------------------------------------------------------------
