@@ -194,6 +194,19 @@ def test_error_is_at_most_twice_torchs_own(case: str, dtype: torch.dtype) -> Non
     assert_accurate(run(*call, simulator=Simulator()), *call)
 
 
+def test_sums_over_positions_round_once() -> None:
+    """In fp32 a thread would lose the 1 between two large values of opposite sign."""
+    one, width, threads = torch.ones(1), 1024, 256
+    operands = Operands(torch.ones(1, 1, width), torch.ones(1, 1, 1), one, one, 0 * one)
+    spec = spec_for(operands, num_groups=1, eps=1.0, min_value=-1.0, max_value=1.0, cap=0.5)
+    grad_out = torch.zeros(spec.output_shape)
+    grad_out.view(-1)[: 3 * threads : threads] = torch.tensor([2.0**25, 1.0, -(2.0**25)])
+    found = run(spec, operands, grad_out)
+    assert found[4] == 1.0  # beta: the sum of grad_out
+    # bias: less their mean everywhere, which the large ones round away
+    assert found[2] == 1.0 - (width - 2) / width
+
+
 @pytest.mark.parametrize("num_groups", [1, 2, 4, 8])
 def test_any_number_of_groups(num_groups: int) -> None:
     call = make("depthwise", num_groups=num_groups)

@@ -7,7 +7,7 @@ sample. `bounds` is (cap, min_value, max_value), `mask` (width, drop_threshold, 
 
 from __future__ import annotations
 
-from numba import cuda, int32, int64, uint32, uint64
+from numba import cuda, float64, int32, int64, uint32, uint64
 
 from numba_fused.device.convolution import convolve_at, divide
 from numba_fused.device.pointwise import normalise
@@ -122,14 +122,14 @@ def channel_sums_kernel(
     seed,
     mask,
 ):
-    """Sums of g and of g * xhat, one (sample, channel) a block."""
-    scratch_g = cuda.shared.array(WARP, x.dtype)
-    scratch_gx = cuda.shared.array(WARP, x.dtype)
+    """Sums of g and of g * xhat, one (sample, channel) a block, in fp64: they round once."""
+    scratch_g = cuda.shared.array(WARP, float64)
+    scratch_gx = cuda.shared.array(WARP, float64)
     n, k, group = place_of_block(int32(bias.size), num_groups)
     affine = mean[group], rstd[group], gamma[k], beta[k]
     positions = volume(geometry[2])
     first = int32(k * positions)
-    total_g, total_gx = x.dtype.type(0), x.dtype.type(0)
+    total_g, total_gx = float64(0), float64(0)
     i = int32(cuda.threadIdx.x)
     while i < positions:
         index = int32(first + i)
@@ -205,15 +205,16 @@ def convolution_gradient_kernel(
     """dz = rstd * (g * gamma - mean_g - xhat * mean_gx) and its sum, one (sample, channel) a block.
 
     Moving one value of a group moves the group's mean and variance, and so every other value: the
-    two means take back from dz what it would change of them.
+    two means take back from dz what it would change of them. So where a channel is a group of its
+    own the sum is zero but for rounding, of which a sum in fp64 adds none.
     """
-    scratch = cuda.shared.array(WARP, x.dtype)
+    scratch = cuda.shared.array(WARP, float64)
     n, k, group = place_of_block(int32(bias.size), num_groups)
     affine = mean[group], rstd[group], gamma[k], beta[k]
     from_mean, from_variance = mean_g[group], mean_gx[group]
     positions = volume(geometry[2])
     first, block_first = int32(k * positions), int64(cuda.blockIdx.x) * positions
-    total = x.dtype.type(0)
+    total = float64(0)
     i = int32(cuda.threadIdx.x)
     while i < positions:
         index = int32(first + i)
