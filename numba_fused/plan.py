@@ -14,7 +14,7 @@ from numba_fused.spec import BlockSpec
 SIMULATOR_MULTIPLY_ADDS = 2_000_000  # about a minute of simulation
 
 
-# Fastest first where they suit, by measurement on an H200 (plots/data/cases.csv).
+# Fastest first where they suit, by measurement on an H200 (plots/data/cases.csv, sweeps.csv).
 ORDER = ("pipelined", "split", "tiled", "library_conv", "recompute", "torch")
 # Tiles take time in proportion to the multiply-adds of an output, the library's convolutions gain
 # with their number: up to here tiles were faster.
@@ -26,6 +26,8 @@ MOST_TAPS = {
     ("tiled", "tf32"): 400,
     ("tiled", "ieee"): 400,
 }
+# The library's matrix products lose more by few output channels than the tiles.
+NARROW, MOST_TAPS_NARROW = 64, 3500
 FEW_TAPS = 64  # convolved twice sooner than waited for
 
 
@@ -63,7 +65,8 @@ def _suits(name: str, spec: BlockSpec) -> bool:
         return False  # the library is slow where channels are in groups, and with large kernels
     if name == "split" and math.prod(spec.kernel_size) == 1:
         return False  # the library's is a matrix product
-    return taps <= MOST_TAPS[name, spec.precision]
+    narrow = name == "pipelined" and spec.out_channels <= NARROW
+    return taps <= (MOST_TAPS_NARROW if narrow else MOST_TAPS[name, spec.precision])
 
 
 def choose_backward(spec: BlockSpec, device: torch.device | None = None) -> str | None:

@@ -32,11 +32,24 @@ def test_backward_variant(
     assert plan._choose_backward(spec, capability) == expected
 
 
-@pytest.mark.parametrize("precision", ["ieee", "tf32"])
-@pytest.mark.parametrize("case", list(bench.CASES))
-def test_auto_is_the_fastest_that_was_measured(case: str, precision: str) -> None:
-    """On an H200, within what two runs differ by."""
-    rows = results.latest(results.read(results.DATA / "cases.csv"), case, precision)
+def measured() -> list[tuple[str, str, str]]:
+    """File, case and precision where rungs were timed beside each other on an H200."""
+    found = []
+    for file in ("cases.csv", "sweeps.csv"):
+        frame = results.read(results.DATA / file)
+        beside = frame[(frame["variant"] == "library_conv") & (frame["status"] == "ok")]
+        found += [(file, *key) for key in beside.groupby(["case", "precision"], sort=False).groups]
+    return found
+
+
+def test_all_named_cases_were_measured() -> None:
+    assert {case for _, case, _ in measured()} >= set(bench.CASES)
+
+
+@pytest.mark.parametrize(("file", "case", "precision"), measured())
+def test_auto_is_the_fastest_that_was_measured(file: str, case: str, precision: str) -> None:
+    """Within what two runs differ by."""
+    rows = results.latest(results.read(results.DATA / file), case, precision)
     times = {row["variant"]: row["p50_ms"] for row in rows if row["status"] == "ok"}
     fastest = min(time for name, time in times.items() if name in plan.ORDER)
     chosen = plan._choose(bench.case_spec(case, precision=precision), (9, 0))
