@@ -32,7 +32,7 @@ import numpy as np
 import pandas as pd
 import torch
 from IPython.display import Markdown
-from lesson import DATA, attempt, compare, message, show, stored_rows
+from lesson import attempt, compare, message, show, stored_counters, stored_rows
 from numba import cuda
 
 import numba_fused as nf
@@ -349,13 +349,14 @@ for name, (_, counted) in moved.items():
 # The tensor-core rungs' ledger keeps to the round sums and leaves some of the small change out.
 # For the others it is exact.
 #
-# Now the same formulas at the benchmark's size, x (128, 3, 16, 64, 64). For some rungs the bytes
-# were also counted in hardware, by NVIDIA's profiler `ncu` on an H200. Those are the diamonds.
+# Now the same formulas at the benchmark's size, x (128, 3, 16, 64, 64). The bytes were also counted
+# in hardware, by NVIDIA's profiler `ncu` on an H200. Those are the diamonds.
 
 # %%
 case = bench.case_spec("kb83")
-counters = pd.read_csv(DATA / "counters.csv").set_index(["variant", "kernel"])
-dram = counters.filter(like="dram__bytes").sum(axis=1).groupby("variant").sum()
+counters = stored_counters()
+counters["dram"] = counters["dram_read"] + counters["dram_written"]
+dram = counters["dram"].groupby("variant").sum()
 ledgers = {
     rung.name: rung.ledger(demo.at_its_precision(rung, case))
     for rung in ladder.rungs()
@@ -443,14 +444,14 @@ for name, before in pairs.items():
 
 # %%
 of_unfused = counters.loc["unfused"]
-instructions = of_unfused["smsp__inst_executed.sum"]
+instructions = of_unfused["instructions"]
 print(f"convolution: {instructions['convolution_kernel'] / 1e9:.2f} billion warp instructions")
 predicted_ms = 1.0
 
 # %%
 issue_rate = 132 * 4 * 1.75e9  # warp instructions a second
-milliseconds = of_unfused["gpu__time_duration.sum"] / 1e6
-of_bytes = of_unfused.filter(like="dram__bytes").sum(axis=1) / rate * 1e3
+milliseconds = of_unfused["nanoseconds"] / 1e6
+of_bytes = of_unfused["dram"] / rate * 1e3
 of_instructions = instructions / issue_rate * 1e3
 compare(predicted_ms, milliseconds["convolution_kernel"], "ms")
 print(

@@ -30,9 +30,8 @@
 # %%
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import torch
-from lesson import DATA, attempt, compare, message, show, show_diff
+from lesson import attempt, compare, message, show, show_diff, stored_counters
 from numba import cuda, uint64
 
 import numba_fused as nf
@@ -344,8 +343,8 @@ print(f"mean of the others {np.nanmean(out):.3f}; values {np.unique(out[~np.isna
 # and dropout. **Predict:** how many ms does dropout take?
 
 # %%
-counters = pd.read_csv(DATA / "counters.csv").set_index(["variant", "kernel"])
-milliseconds = counters["gpu__time_duration.sum"] / 1e6
+counters = stored_counters()
+milliseconds = counters["nanoseconds"] / 1e6
 print(f"min {milliseconds['unfused', 'min_kernel']:.3f} ms")
 predicted_ms = milliseconds["unfused", "min_kernel"]
 
@@ -370,7 +369,7 @@ compare(predicted_times, by_value / by_run, "times fewer")
 
 # %%
 outputs = np.prod(bench.case_spec("kb83").output_shape)
-per_value = counters["smsp__inst_executed.sum"] * 32 / outputs  # a warp instruction is of 32 lanes
+per_value = counters["instructions"] * 32 / outputs  # a warp instruction is of 32 lanes
 shown = {
     "min (rung 1)": (per_value["unfused", "min_kernel"], GREEN),
     "clamp (rung 1)": (per_value["unfused", "clamp_kernel"], SKY),
@@ -390,7 +389,7 @@ plt.show()
 
 # %% [markdown]
 # With runs, the whole kernel with the normalisation in it needs fewer instructions than dropout
-# by itself. (The profiler counted an earlier form of rung 10's kernel, which drew by runs already.)
+# by itself.
 #
 # And the bytes? PyTorch stores the mask for the backward pass, a byte for each element. Here the
 # backward pass draws it again.

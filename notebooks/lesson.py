@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import pandas as pd
 from IPython.core.getipython import get_ipython
 from IPython.display import Markdown
 
@@ -103,3 +104,10 @@ def stored_rows(case: str = "kb83") -> dict[str, Row]:
     )
     found = coarse | fine
     return {name: found[name] for name in variants() if name in found}
+
+
+def stored_counters() -> pd.DataFrame:
+    """What the profiler counted on the benchmark, by variant and kernel; precision as above."""
+    counters = pd.read_csv(DATA / "counters.csv")
+    fine = counters.groupby("variant")["precision"].transform("min")  # "ieee" if there is any
+    return counters[counters["precision"] == fine].set_index(["variant", "kernel"])

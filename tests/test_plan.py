@@ -38,7 +38,8 @@ def measured() -> list[tuple[str, str, str]]:
     for file in ("cases.csv", "sweeps.csv"):
         frame = results.read(results.DATA / file)
         beside = frame[(frame["variant"] == "library_conv") & (frame["status"] == "ok")]
-        found += [(file, *key) for key in beside.groupby(["case", "precision"], sort=False).groups]
+        pairs = dict.fromkeys(zip(beside["case"], beside["precision"], strict=True))
+        found += [(file, case, precision) for case, precision in pairs]
     return found
 
 

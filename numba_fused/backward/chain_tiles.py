@@ -10,10 +10,10 @@ dz takes the two means of its whole group, so there are two steps, and a wait be
                 value, where it passes: neither mask nor bounds are looked at again
     gradient    dz = rstd * (g * gamma - mean(g * gamma) - xhat * mean(g * gamma * xhat))
 
-Where the tiles of a sample fit on the GPU together, `chain_kernel` does both: like forward's rung
-``pipelined`` it publishes its sums, waits for those of the sample's other tiles, and finishes from
-registers and from grad_out, which still lies in shared memory. Elsewhere each step is a kernel that
-convolves for itself, and a third one between them pools the sums.
+Where the tiles of two samples fit on the GPU together, `chain_kernel` does both: like forward's
+rung ``pipelined`` it publishes its sums, waits for those of the sample's other tiles, and
+finishes from registers and from grad_out, which still lies in shared memory. Elsewhere each step
+is a kernel that convolves for itself, and a third one between them pools the sums.
 
 dz goes to memory as tensor cores want it, channels last and in halves, scaled by a power of two a
 sample so that the largest comes close to their range. A *position* (n, d, h, w) has, for each 16

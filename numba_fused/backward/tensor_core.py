@@ -11,7 +11,7 @@ run of samples goes through all kernels before the next one, and they share the 
 Launch: pack the weights; statistics and their pooling, unless forward kept them; then for each run
         of samples the chain, dweight, dx; and at the end a kernel for the sums over all samples of
         dgamma, dbeta and dbias, and one for those of dweight. The chain is one kernel where the
-        tiles of a sample fit on the GPU together, else sums, means and gradient.
+        tiles of two samples fit on the GPU together, else sums, means and gradient.
         Kernels whose results nobody wants are not launched.
 Shapes: those of `clear`; dz and what the halves left over, (samples, D, H, W, K / 2) words each.
 Bytes:  with E the bytes of grad_out: x for the statistics; x + E for the chain (twice, in three
@@ -157,8 +157,9 @@ class BackwardPlan:
     chain_record_words : int
         Words of the records that all tiles of a call wait for.
     one_pass : bool
-        Whether the chain can be one kernel: with all tiles of a sample resident, and all channels
-        in a tile, so that what a block pools fits the memory of its own sums.
+        Whether the chain is one kernel: with all tiles of two samples resident, or most blocks
+        would wait for the rest of the one they compute; and with all channels in a tile, so that
+        what a block pools fits the memory of its own sums.
     """
 
     def __init__(self, spec: BlockSpec, tiles: TilePlan) -> None:
@@ -178,7 +179,7 @@ class BackwardPlan:
         planes = spec.batch * spec.out_channels
         self.chain_record_words = RECORD_WORDS * planes * self.tile_positions
         self.one_pass = (
-            shape.tiles_per_sample <= self.resident_blocks
+            2 * shape.tiles_per_sample <= self.resident_blocks
             and shape.tiles[0] == 1
             and self.record_words < 2**31
         )
