@@ -589,11 +589,37 @@ for size, row in sorted(kernels.items()):
 plot.draw(plot.choose(["scaling-kernel"])[0], frame).figure
 
 # %% [markdown]
-# `auto` is a choice and not a kernel, and a row says in `runs` what was chosen. Its line has a kink
-# where the choice changes. (Whether it was the best one, only a row of the other rung could say.)
 # The work grows with the cube of the kernel's size. All lines come near that slope at the end; for
-# small kernels most of the time is that of everything else, which does not grow. The channels have
-# a sweep, too, `numba-fused sweep channels`, and a heatmap, `channels`.
+# small kernels most of the time is that of everything else, which does not grow.
+#
+# `auto` is a choice and not a kernel, and a row says in `runs` what was chosen: along this axis
+# always the same. Channels have a sweep, too, `numba-fused sweep channels`, whose figure is a
+# heatmap:
+
+# %%
+plot.draw(plot.choose(["channels"])[0], frame).figure
+
+# %% [markdown]
+# In the last column `auto` ran `library_conv`. That is PyTorch's own convolution, so nothing is
+# gained. Was it the best choice? Only rows of another rung can say. **Predict:** how many times as
+# fast is `pipelined` with 128 channels in and 16 out?
+
+# %%
+predicted_times = 1.0
+
+# %%
+rungs = ["pipelined", "library_conv"]
+wide = frame[frame["case"].str.contains("in_channels=128") & frame["variant"].isin(rungs)]
+wide = wide.assign(out_channels=[bench.case(name).out_channels for name in wide["case"]])
+times = wide.pivot(index="out_channels", columns=["precision", "variant"], values="p50_ms")
+compare(
+    predicted_times, times["ieee"]["library_conv"][16] / times["ieee"]["pipelined"][16], "times"
+)
+times.round(2)
+
+# %% [markdown]
+# It was not. A limit in `numba_fused/plan.py` was set by wider outputs; `auto` takes `pipelined`
+# there since, and its rows in the figure are of before. A sweep's outliers are worth a look.
 #
 # ## Two files
 #
