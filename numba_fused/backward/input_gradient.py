@@ -33,7 +33,12 @@ from numba_fused.backward.chain_tiles import POSITION_WORDS
 from numba_fused.device import ptx
 from numba_fused.device.convolution import divide
 from numba_fused.device.reductions import WARP
-from numba_fused.device.tensor_tile import INFINITY, power_of_two, scale_exponent
+from numba_fused.device.tensor_tile import (
+    INFINITY,
+    multiply_halves,
+    power_of_two,
+    scale_exponent,
+)
 from numba_fused.device.tile_shape import CHANNELS, TileShape
 
 WARPS = 8  # a row of the tile each
@@ -231,13 +236,6 @@ def input_gradient_kernel(tile: InputTile) -> Any:
                 at += (out_w - staged_columns) * position_words
 
     @cuda.jit(device=True)
-    def multiply(acc, i, a, b):
-        """One matrix instruction into the sums of eight columns."""
-        c0, c1, c2, c3 = acc[i], acc[i + 1], acc[i + 2], acc[i + 3]
-        c0, c1, c2, c3 = ptx.mma_half(a[0], a[1], a[2], a[3], b[0], b[1], c0, c1, c2, c3)
-        acc[i], acc[i + 1], acc[i + 2], acc[i + 3] = c0, c1, c2, c3
-
-    @cuda.jit(device=True)
     def add_plane(acc, words, target, packed, first_set):
         """Add what a staged tile of 16 channels brings to the planes of dx above it."""
         lane = int32(ptx.lane_index())
@@ -262,12 +260,12 @@ def input_gradient_kernel(tile: InputTile) -> Any:
                         word = uint64(int32(first + i * (COLUMNS * POSITION_WORDS)))
                         b = ptx.load_2(words, word)
                         if split:
-                            multiply(sums, 4 * i, a_rest, b)
+                            multiply_halves(sums, 4 * i, a_rest, b)
                             b_rest = ptx.load_2(words, word + uint64(rest_words))
-                            multiply(sums, 4 * i, a, b_rest)
-                            multiply(sums, 4 * i, a, b)
+                            multiply_halves(sums, 4 * i, a, b_rest)
+                            multiply_halves(sums, 4 * i, a, b)
                         else:
-                            multiply(acc, group * group_sums + 4 * i, a, b)
+                            multiply_halves(acc, group * group_sums + 4 * i, a, b)
                 if split:
                     for i in range(group_sums):
                         acc[group * group_sums + i] += sums[i]

@@ -36,7 +36,7 @@ from numba_fused.backward.chain_tiles import POSITION_WORDS
 from numba_fused.device import ptx
 from numba_fused.device.convolution import divide
 from numba_fused.device.reductions import WARP
-from numba_fused.device.tensor_tile import power_of_two
+from numba_fused.device.tensor_tile import multiply_halves, power_of_two
 from numba_fused.device.tile_shape import CHANNELS, TileShape, round_up
 
 WARPS = 8
@@ -331,13 +331,6 @@ def weight_gradient_kernel(tile: WeightTile) -> Any:
         return int32(words + row * row_words + odd * odd_words + pair)
 
     @cuda.jit(device=True)
-    def multiply(sums, i, a, b0, b1):
-        """One matrix instruction into four sums."""
-        c0, c1, c2, c3 = sums[i], sums[i + 1], sums[i + 2], sums[i + 3]
-        c0, c1, c2, c3 = ptx.mma_half(a[0], a[1], a[2], a[3], b0, b1, c0, c1, c2, c3)
-        sums[i], sums[i + 1], sums[i + 2], sums[i + 3] = c0, c1, c2, c3
-
-    @cuda.jit(device=True)
     def add_tile(acc, words, offsets, dz, rest, sample, channel_group, rows, next_place, continues):
         """Add the products of a tile, and where it `continues` start copying the next one's dz."""
         row, run = warp_place()
@@ -357,20 +350,21 @@ def weight_gradient_kernel(tile: WeightTile) -> Any:
             if continues:
                 stage_row(dz, rest, words, at, to, row < end)
             for i in range(instructions):
-                b = uint64(int32(base + offsets[i]))
-                b0, b1 = words[b], words[b + uint64(4)]
+                word = uint64(int32(base + offsets[i]))
+                b = words[word], words[word + uint64(4)]
                 if split:
                     # Sums of their own: see `tile_shape.LONGEST_CHAIN`.
                     for q in range(4):
                         sums[q] = float32(0)
-                    low = b + uint64(low_words)
-                    multiply(sums, 0, a_rest, b0, b1)
-                    multiply(sums, 0, a, words[low], words[low + uint64(4)])
-                    multiply(sums, 0, a, b0, b1)
+                    low = word + uint64(low_words)
+                    b_rest = words[low], words[low + uint64(4)]
+                    multiply_halves(sums, 0, a_rest, b)
+                    multiply_halves(sums, 0, a, b_rest)
+                    multiply_halves(sums, 0, a, b)
                     for q in range(4):
                         acc[4 * i + q] += sums[q]
                 else:
-                    multiply(acc, 4 * i, a, b0, b1)
+                    multiply_halves(acc, 4 * i, a, b)
             row = int32(row + rows_at_once)
             a_at = int32(a_at + rows_at_once * dz_row)
             base = int32(base + rows_at_once * row_words)

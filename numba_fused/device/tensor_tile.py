@@ -111,6 +111,22 @@ def tf32_row(a):
     return ptx.to_tf32(a[0]), ptx.to_tf32(a[1]), ptx.to_tf32(a[2]), ptx.to_tf32(a[3])
 
 
+@cuda.jit(device=True)
+def multiply_halves(sums, i, a, b):
+    """One matrix instruction into four sums: A and B of halves."""
+    c0, c1, c2, c3 = sums[i], sums[i + 1], sums[i + 2], sums[i + 3]
+    c0, c1, c2, c3 = ptx.mma_half(a[0], a[1], a[2], a[3], b[0], b[1], c0, c1, c2, c3)
+    sums[i], sums[i + 1], sums[i + 2], sums[i + 3] = c0, c1, c2, c3
+
+
+@cuda.jit(device=True)
+def multiply_tf32(sums, i, a, b):
+    """As `multiply_halves`, of TF32 values."""
+    c0, c1, c2, c3 = sums[i], sums[i + 1], sums[i + 2], sums[i + 3]
+    c0, c1, c2, c3 = ptx.mma_tf32(a[0], a[1], a[2], a[3], b[0], b[1], c0, c1, c2, c3)
+    sums[i], sums[i + 1], sums[i + 2], sums[i + 3] = c0, c1, c2, c3
+
+
 @cache
 def tile_functions(shape: TileShape) -> TileFunctions:
     """The device functions, specialised on the compile-time numbers of a tile."""
@@ -135,6 +151,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
     in_rows, row_words, plane_words = shape.in_rows, shape.row_words, shape.plane_words
     row_slots, row_quads = shape.row_slots, -(-shape.row_slots // 4)
     split, halves, plane_sources = shape.split, shape.values_per_word == 2, shape.plane_sources
+    multiply = multiply_halves if halves else multiply_tf32
     low_words = planes * plane_words
     windows, window_table = shape.windows, shape.window_offsets
     window_positions = shape.window_positions
@@ -354,11 +371,11 @@ def tile_functions(shape: TileShape) -> TileFunctions:
                         a = ptx.load_4(scratch, start + step * uint64(4 * WARP))
                     for j in range(window_positions):
                         word = 2 * (j * stride_w + tap * dilation_w)
+                        b = window[word], window[word + 1]
                         if sums_apart:
-                            multiply(sums, j, a, window[word], window[word + 1])
+                            multiply(sums, 4 * j, a, b)
                         else:
-                            position = part * window_positions + j
-                            multiply(acc, position, a, window[word], window[word + 1])
+                            multiply(acc, 4 * (part * window_positions + j), a, b)
                 if sums_apart:
                     for i in range(part_sums):
                         acc[part * part_sums + i] += sums[i]
@@ -375,23 +392,12 @@ def tile_functions(shape: TileShape) -> TileFunctions:
                     if sums_apart:
                         for i in range(4):
                             sums[i] = float32(0)
-                        multiply(sums, 0, a, b[0], b[1])
+                        multiply(sums, 0, a, b)
                         for i in range(4):
                             acc[4 * position + i] += sums[i]
                     else:
-                        multiply(acc, position, a, b[0], b[1])
+                        multiply(acc, 4 * position, a, b)
                 s = int32(s + 1)
-
-    @cuda.jit(device=True)
-    def multiply(acc, position, a, b0, b1):
-        """One matrix instruction into the accumulators of a position."""
-        i = 4 * position
-        c0, c1, c2, c3 = acc[i], acc[i + 1], acc[i + 2], acc[i + 3]
-        if halves:
-            c0, c1, c2, c3 = ptx.mma_half(a[0], a[1], a[2], a[3], b0, b1, c0, c1, c2, c3)
-        else:
-            c0, c1, c2, c3 = ptx.mma_tf32(a[0], a[1], a[2], a[3], b0, b1, c0, c1, c2, c3)
-        acc[i], acc[i + 1], acc[i + 2], acc[i + 3] = c0, c1, c2, c3
 
     @cuda.jit(device=True)
     def accumulate(acc, x, scratch, words, staged, peaks, place):
