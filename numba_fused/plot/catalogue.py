@@ -257,7 +257,7 @@ def _of_many_cases() -> list[Plot]:
             slopes + " Work grows with the cube of the kernel's side, so 3 is in proportion here.",
             select("kernel_size", base=KERNEL_BASE),
             partial(scaling_figure, base="kb83-b32", axis="kernel_size", unit="along each axis"),
-            partial(sweep_recipe, "kernel", COMPARED),
+            partial(sweep_recipe, "kernel"),
         ),
         Plot(
             "scaling-groups",
@@ -266,7 +266,7 @@ def _of_many_cases() -> list[Plot]:
             "what they change is how many statistics there are, of how many values each.",
             select("num_groups"),
             partial(scaling_figure, base="kb83", axis="num_groups", unit="of the normalisation"),
-            partial(sweep_recipe, "groups", COMPARED),
+            partial(sweep_recipe, "groups"),
         ),
         Plot(
             "speedup",
@@ -285,7 +285,7 @@ def _of_many_cases() -> list[Plot]:
             "library's home ground.",
             select("in_channels", "out_channels", base=CHANNELS_BASE),
             partial(speedup_heatmap, x="in_channels", y="out_channels"),
-            partial(sweep_recipe, "channels", COMPARED),
+            partial(sweep_recipe, "channels"),
         ),
         Plot(
             "threads",
