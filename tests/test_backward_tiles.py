@@ -388,7 +388,7 @@ def test_the_taps_of_an_instruction_have_banks_of_their_own() -> None:
     grad_out = torch.ones(spec.output_shape)
     gradients((spec, operands, grad_out), wanted=wanted, simulator=simulator)
     (launch,) = (launch for launch in simulator.launches if launch.kernel == "weight_gradient")
-    (loads,) = (line for line in launch.lines if line.text.startswith("b0, b1 = words"))
+    (loads,) = (line for line in launch.lines if line.text.startswith("b = words[word]"))
     assert loads.wavefronts < 1.6 * loads.requests
 
 
