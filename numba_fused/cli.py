@@ -512,7 +512,7 @@ def _profile(
         counters = profile.run(case, variant, kernel, precision)
         ledger = profile.ledger_bytes(case, variant, precision)
         if out is not None:
-            profile.keep(counters, case, variant, precision, out)
+            profile.keep(counters, case, variant, precision, ledger, out)
     if as_json:
         print_json([{"ledger_bytes": ledger, **launch.to_dict()} for launch in counters])
         return

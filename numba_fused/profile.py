@@ -177,11 +177,16 @@ def ledger_bytes(case: str, variant: str, precision: str = "ieee") -> int | None
 
 
 def keep(
-    counters: Sequence[KernelCounters], case: str, variant: str, precision: str, path: Path
+    counters: Sequence[KernelCounters],
+    case: str,
+    variant: str,
+    precision: str,
+    ledger: int | None,
+    path: Path,
 ) -> None:
     """Write a call's counters to a file, in place of those it has of the same call.
 
-    A row a launch: case, variant, precision, ledger_bytes of the whole call, the fields of
+    A row a launch: case, variant, precision, `ledger_bytes` of the whole call, the fields of
     `KernelCounters`, and where and with what they were counted (`results.provenance`).
 
     Raises
@@ -190,8 +195,9 @@ def keep(
         As `results.check_table`.
     """
     what = {"case": case, "variant": variant, "precision": precision}
-    common = what | {"ledger_bytes": ledger_bytes(case, variant, precision)}
-    rows = pd.DataFrame([{**common, **c.to_dict(), **results.provenance()} for c in counters])
+    common = what | {"ledger_bytes": ledger}
+    origin = results.provenance()
+    rows = pd.DataFrame([{**common, **c.to_dict(), **origin} for c in counters])
     if path.exists():
         known = results.read_table(path)
         others = ~(known[list(what)] == pd.Series(what)).all(axis="columns")

@@ -38,25 +38,23 @@ from numba_fused.device.tensor_tile import (
     CHANNEL_TILE,
     COLUMN,
     INFINITY,
-    MOST_RECORDS_AT_ONCE,
     PLACE_SIZE,
     PLANE,
     ROW,
     SAMPLE,
     SCALE,
     TILE,
-    WAIT_NANOSECONDS,
     power_of_two,
+    record_loader,
     scale_exponent,
     tile_functions,
 )
-from numba_fused.device.tile_shape import CHANNELS, COLUMNS, ROWS, TileShape
+from numba_fused.device.tile_shape import CHANNELS, COLUMNS, RECORD_WORDS, ROWS, TileShape
 
 FULL_WARP = 0xFFFFFFFF
 POSITION_WORDS = CHANNELS // 2  # of dz, for 16 channels of a position
-# Words of a tile's channel: bits of the sums of g and of g * xhat, of the largest |g|, and how far
-# the exponent of x's scale lies below LARGEST_EXPONENT. Two at a time are published together.
-RECORD_WORDS = 4
+# A record is of a tile's channel: bits of the sums of g and of g * xhat, of the largest |g|, and
+# how far the exponent of x's scale lies below LARGEST_EXPONENT. Two words are published together.
 LARGEST_EXPONENT = 255
 NAN_BITS = 0x7FFFFFFF
 MEANS_THREADS = 256
@@ -99,7 +97,7 @@ def chain_kernels(shape: TileShape) -> ChainKernels:
     position_words = POSITION_WORDS * shape.packed_tiles
     group_size = group_channels * out_d * out_plane
     share_of_group, root_of_group = 1 / group_size, float32(math.sqrt(group_size))
-    records_at_once = min(MOST_RECORDS_AT_ONCE, -(-tile_positions // WARP))
+    records_at_once, load_records = record_loader(tile_positions)
     found_values = 2 * records_at_once
     means_warps = MEANS_THREADS // WARP
     moments_shape, statistics_shape = (3, warps, CHANNELS), (2, tile_channels)
@@ -319,24 +317,6 @@ def chain_kernels(shape: TileShape) -> ChainKernels:
     # ---- between the steps: what dz takes of its group, and its scale ---------------------------
 
     @cuda.jit(device=True)
-    def load_records(records, first, entry, found):
-        """Load a lane's next records of a channel; a warp waits for those not there yet."""
-        waiting = True
-        while waiting:
-            absent = False
-            for i in range(records_at_once):
-                found[2 * i], found[2 * i + 1] = float64(0), float64(0)
-                if entry + i * WARP < tile_positions:
-                    at = uint64((first + int32(entry + i * WARP)) * RECORD_WORDS)
-                    found[2 * i] = ptx.load_published(records, at)
-                    found[2 * i + 1] = ptx.load_published(records, at + uint64(2))
-            for i in range(found_values):
-                absent = absent or ptx.high_bits(found[i]) == ABSENT
-            waiting = cuda.any_sync(FULL_WARP, absent)
-            if waiting:
-                cuda.nanosleep(WAIT_NANOSECONDS)
-
-    @cuda.jit(device=True)
     def pool_channels(records, first_record, of_channels, step, kept, n, sum_g, sum_gx, scales):
         """Pool the records of a sample, from `first_record` on, a channel a warp of `step`.
 
@@ -349,8 +329,9 @@ def chain_kernels(shape: TileShape) -> ChainKernels:
             total_g, total_gx = float64(0), float64(0)
             largest_g, below = uint32(0), uint32(0)
             entry = int32(ptx.lane_index())
+            first = (first_record + int32(k * tile_positions)) * RECORD_WORDS
             while entry - int32(ptx.lane_index()) < tile_positions:
-                load_records(records, first_record + int32(k * tile_positions), entry, found)
+                load_records(records, first, entry, found)
                 for i in range(records_at_once):
                     total_g += ptx.bits_float(ptx.low_bits(found[2 * i]))
                     total_gx += ptx.bits_float(ptx.high_bits(found[2 * i]))

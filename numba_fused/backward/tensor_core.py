@@ -33,7 +33,6 @@ from torch import Tensor
 from numba_fused.backward.chain_tiles import (
     MEANS_THREADS,
     POSITION_WORDS,
-    RECORD_WORDS,
     ChainKernels,
     chain_kernels,
 )
@@ -55,7 +54,7 @@ from numba_fused.backward.weight_gradient import (
 from numba_fused.backward.weight_gradient import THREADS as WEIGHT_THREADS
 from numba_fused.device.reductions import WARP
 from numba_fused.device.tensor_tile import power_of_two
-from numba_fused.device.tile_shape import CHANNELS
+from numba_fused.device.tile_shape import CHANNELS, RECORD_WORDS
 from numba_fused.ladder.rung import Ledger, seed_bytes, vector_bytes
 from numba_fused.ladder.rung_9_pipelined import resident_blocks
 from numba_fused.ladder.tensor_cores import (

@@ -128,6 +128,35 @@ def multiply_tf32(sums, i, a, b):
 
 
 @cache
+def record_loader(entries: int) -> tuple[int, Any]:
+    """How many of a run of `entries` records a lane loads at once, and the function that does."""
+    at_once = min(MOST_RECORDS_AT_ONCE, -(-entries // WARP))
+
+    @cuda.jit(device=True)
+    def load_records(records, first, entry, found):
+        """Two doubles each of records `entry`, `entry` + 32 ..., once all of a warp's are there.
+
+        `first` is the word at which the run begins; beyond its end there are zeros.
+        """
+        waiting = True
+        while waiting:
+            absent = False
+            for i in range(at_once):
+                found[2 * i], found[2 * i + 1] = float64(0), float64(0)
+                if entry + i * WARP < entries:
+                    at = uint64(first + int32((entry + i * WARP) * RECORD_WORDS))
+                    found[2 * i] = ptx.load_published(records, at)
+                    found[2 * i + 1] = ptx.load_published(records, at + uint64(2))
+            for i in range(2 * at_once):
+                absent = absent or ptx.high_bits(found[i]) == ABSENT
+            waiting = cuda.any_sync(FULL_WARP, absent)  # a warp stays together
+            if waiting:
+                cuda.nanosleep(WAIT_NANOSECONDS)
+
+    return at_once, load_records
+
+
+@cache
 def tile_functions(shape: TileShape) -> TileFunctions:
     """The device functions, specialised on the compile-time numbers of a tile."""
     threads, warps = shape.threads, shape.warps
@@ -168,7 +197,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
     group_records = group_channels // record_channels
     tile_positions = out_d * row_tiles * column_tiles
     group_entries = group_records * tile_positions
-    records_at_once = min(MOST_RECORDS_AT_ONCE, -(-group_entries // WARP))
+    records_at_once, load_records = record_loader(group_entries)
     found_values = 2 * records_at_once
     share_of_group = 1 / (group_channels * out_d * out_plane)
 
@@ -591,20 +620,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
             total, squares = float64(0), float64(0)
             entry = int32(ptx.lane_index())
             while entry - ptx.lane_index() < group_entries:
-                waiting = True
-                while waiting:
-                    absent = False
-                    for i in range(records_at_once):
-                        found[2 * i], found[2 * i + 1] = float64(0), float64(0)
-                        if entry + i * WARP < group_entries:
-                            at = uint64(first + int32((entry + i * WARP) * RECORD_WORDS))
-                            found[2 * i] = ptx.load_published(scratch, at)
-                            found[2 * i + 1] = ptx.load_published(scratch, at + uint64(2))
-                    for i in range(found_values):
-                        absent = absent or ptx.high_bits(found[i]) == ABSENT
-                    waiting = cuda.any_sync(FULL_WARP, absent)  # a warp stays together
-                    if waiting:
-                        cuda.nanosleep(WAIT_NANOSECONDS)
+                load_records(scratch, first, entry, found)
                 for i in range(records_at_once):
                     total += found[2 * i]
                     squares += found[2 * i + 1]
