@@ -42,6 +42,8 @@ SHORT_WINDOW, LONGEST_WINDOW = 10, 24  # slots; 64 accumulators need registers, 
 # Products in a chain that keeps fp32's accuracy: a matrix instruction cuts off what does not fit
 # its sum, always towards zero, and the errors of a chain add up.
 LONGEST_CHAIN = 128
+BANKS = 32  # of shared memory, a word each
+PADS = np.arange(0, 16, 4)  # words; 128-bit loads begin at multiples of four
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -199,20 +201,51 @@ class TileShape:
 
     @property
     def row_slots(self) -> int:
-        """Slots of an input row: 2 more than a multiple of 4 keeps lanes on banks of their own."""
+        """Slots of an input row, whose last ones are stored two at a time."""
         last = (self.columns - self.window_positions) * self.stride[2]
         return round_up(last + self.window_slots - 2, 4) + 2
 
     @property
     def row_words(self) -> int:
         """Words from one input row to the next."""
-        return 2 * self.row_slots
+        return self._pitches[0]
 
     @property
     def plane_words(self) -> int:
-        """Words from one plane to the next, for the banks again: lanes differ in row or plane."""
-        beyond = 8 if self.planes >= 4 else 16
-        return round_up(self.in_rows * self.row_words - beyond, 32) + beyond
+        """Words from one plane to the next."""
+        return self._pitches[1]
+
+    @cached_property
+    def _pitches(self) -> tuple[int, int]:
+        """Words from row to row and from plane to plane: a few more than needed, for the banks.
+
+        The lanes of a load differ in row and in part; of all pitches whose loads take the fewest
+        turns these are the shortest.
+        """
+        rows = 2 * self.row_slots + PADS[:, None]
+        planes = self.in_rows * rows + PADS
+        turns = self._turns(self._window_parts, 4, rows, planes) * self._window_loads
+        turns = turns + self._turns(self._tail_parts, 2, rows, planes) * COLUMNS
+        best = np.lexsort((planes.ravel(), turns.ravel()))[0]
+        return int(rows[best // len(PADS), 0]), int(planes.ravel()[best])
+
+    def _turns(
+        self, parts: np.ndarray, width: int, rows: np.ndarray, planes: np.ndarray
+    ) -> np.ndarray:
+        """Turns that loads of `width` words of these parts take, for each pair of pitches.
+
+        A turn serves 32 words of different banks, or of one address; so many a load has anyway.
+        """
+        plane, tap_h, tap_w = np.moveaxis(parts, -1, 0)  # each (loads, 4)
+        rows, planes = rows[..., None, None], planes[..., None, None]
+        part_at = plane * planes + tap_h * self.dilation[1] * rows + 2 * tap_w * self.dilation[2]
+        row_at = np.arange(ROWS)[:, None] * self.stride[1] * rows
+        lane_at = row_at[..., None, :, :] + part_at[..., None, :]  # lane = 4 * row + part
+        words = lane_at.reshape(*lane_at.shape[:3], WARP, 1) + np.arange(width)
+        words = np.sort(words.reshape(*lane_at.shape[:3], width, BANKS))
+        first_of_its_address = np.diff(words, prepend=-1) > 0
+        of_bank = words[..., None] % BANKS == np.arange(BANKS)
+        return (of_bank & first_of_its_address[..., None]).sum(-2).max(-1).sum((-1, -2))
 
     @property
     def vector(self) -> int:
@@ -289,6 +322,11 @@ class TileShape:
     # ---- the order of the products --------------------------------------------------------
 
     @property
+    def _window_loads(self) -> int:
+        """128-bit loads of a window, for all positions."""
+        return -(-self.window_slots // 2) * (COLUMNS // self.window_positions)
+
+    @property
     def _rows_left(self) -> tuple[int, int]:
         """(Plane, tap along h) pairs beyond the blocks of four planes: in windows, in the tail."""
         rows = self.planes % 4 * self.kernel_size[1]
@@ -330,24 +368,39 @@ class TileShape:
         return self.planes // 4 * 4 + row // kernel_h, row % kernel_h, item % kernel_w
 
     @cached_property
-    def window_offsets(self) -> np.ndarray:
-        """(windows * 4,): words from a lane's row of x to its part of each window.
+    def _window_parts(self) -> np.ndarray:
+        """(windows, 4, 3): plane and taps along h and w of each lane; the first tap along w.
 
         A part that does not exist meets zero weights, but must not bring a NaN of its own: it
-        repeats one that the same outputs have anyway.
+        repeats the first, which costs no turn.
         """
-        parts = [self._row(v, t) or (0, 0) for v in range(self.windows) for t in range(4)]
-        return np.array([self._offset(*part, 0) for part in parts] or [0], np.int32)
+        parts = [
+            [(*(self._row(v, t) or self._row(v, 0) or (0, 0)), 0) for t in range(4)]
+            for v in range(self.windows)
+        ]
+        return np.array(parts, np.int32).reshape(-1, 4, 3)
 
     @cached_property
+    def _tail_parts(self) -> np.ndarray:
+        """(tail_steps, 4, 3): the same for each tail step."""
+        parts = [
+            [self._tail(s, t) or self._tail(s, 0) for t in range(4)] for s in range(self.tail_steps)
+        ]
+        return np.array(parts, np.int32).reshape(-1, 4, 3)
+
+    @property
+    def window_offsets(self) -> np.ndarray:
+        """(windows * 4,): words from a lane's row of x to its part of each window."""
+        return self._offsets(self._window_parts)
+
+    @property
     def tail_offsets(self) -> np.ndarray:
         """(tail_steps * 4,): the same for each tail step."""
-        parts = [self._tail(s, t) or (0, 0, 0) for s in range(self.tail_steps) for t in range(4)]
-        return np.array([self._offset(*part) for part in parts] or [0], np.int32)
+        return self._offsets(self._tail_parts)
 
-    def _offset(self, plane: int, tap_h: int, tap_w: int) -> int:
-        row = plane * self.plane_words + tap_h * self.dilation[1] * self.row_words
-        return row + 2 * tap_w * self.dilation[2]
+    def _offsets(self, parts: np.ndarray) -> np.ndarray:
+        unit = self.plane_words, self.dilation[1] * self.row_words, 2 * self.dilation[2]
+        return (parts @ np.array(unit, np.int32)).ravel() if len(parts) else np.zeros(1, np.int32)
 
     @cached_property
     def slots(self) -> np.ndarray:
