@@ -77,10 +77,12 @@ class ChainKernels(NamedTuple):
 def chain_kernels(shape: TileShape) -> ChainKernels:
     """The kernels, specialised on the compile-time numbers of a tile."""
     f = tile_functions(shape)
-    convolve, publish_sums, pool_statistics = f.convolve, f.publish_sums, f.group_statistics
+    convolve, warp_moments, publish_sums = f.convolve, f.warp_moments, f.publish_sums
+    pool_statistics = f.group_statistics
     warp_place, extent, input_unscale = f.warp_place, f.extent, f.input_unscale
     tile_position, draw_bits, move_rows = f.tile_position, f.draw_bits, f.move_rows
     locate, stage_input, accumulate = f.locate, f.stage_input, f.accumulate
+    last_scale = SCALE + (shape.chunks - 1) % 2
 
     threads, warps = shape.threads, shape.warps
     spatial_warps = shape.row_warps * shape.column_warps
@@ -90,7 +92,6 @@ def chain_kernels(shape: TileShape) -> ChainKernels:
     out_d, out_h, out_w = shape.out_size
     out_plane, group_count = out_h * out_w, out_channels // group_channels
     tile_positions = out_d * row_tiles * column_tiles
-    last_scale = SCALE + (shape.chunks - 1) % 2
     unscale_at, split, chunk_channels = shape.unscale_at, shape.split, shape.channel_warps
     out_row, channel_stride = shape.out_row, shape.channel_stride
     in_pairs = out_row % 2 == 0 and out_w % 2 == 0
@@ -118,7 +119,9 @@ def chain_kernels(shape: TileShape) -> ChainKernels:
         place = cuda.shared.array(PLACE_SIZE, int32)
         acc = cuda.local.array(ACCUMULATORS, float32)
         convolve(acc, x, scratch, int32(cuda.blockIdx.x), place)
-        publish_sums(acc, scratch, bias, moments, place)
+        warp_moments(acc, moments, place)
+        cuda.syncthreads()
+        publish_sums(scratch, bias, moments, place)
 
     @cuda.jit(launch_bounds=bounds_of_launch)
     def pool_kernel(scratch, eps, kept):
@@ -300,7 +303,7 @@ def chain_kernels(shape: TileShape) -> ChainKernels:
         tile = int32(first_sample * tiles_per_sample + cuda.blockIdx.x)
         convolve(acc, x, scratch, tile, place)
         cuda.syncthreads()  # the words are not needed any more: grad_out goes there
-        move_rows(grad_out, staged, place, False)
+        move_rows(grad_out, staged, place, False, int32(ptx.thread_index() // WARP))
         # The mask is drawn while grad_out is on its way.
         low, high = draw_bits(place, seed, drop_threshold)
         normalise(acc, 0, scratch, bias, mean, rstd, place)
@@ -530,7 +533,7 @@ def chain_kernels(shape: TileShape) -> ChainKernels:
         tile = int32(first_sample * tiles_per_sample + cuda.blockIdx.x)
         convolve(acc, x, scratch, tile, place)
         cuda.syncthreads()
-        move_rows(grad_out, staged, place, False)
+        move_rows(grad_out, staged, place, False, int32(ptx.thread_index() // WARP))
         at = int64(cuda.blockIdx.x) * (threads * 2) + 2 * int32(ptx.thread_index())
         bits = ptx.load_2(passes, uint64(at))
         normalise(acc, 0, scratch, bias, mean, rstd, place)
@@ -608,7 +611,7 @@ def chain_kernels(shape: TileShape) -> ChainKernels:
             if cuda.threadIdx.x == 0:
                 locate(int32(place[TILE] + cuda.gridDim.x), next_place)
             cuda.syncthreads()  # the words are not needed any more: grad_out goes there
-            move_rows(grad_out, memory, place, False)
+            move_rows(grad_out, memory, place, False, int32(ptx.thread_index() // WARP))
             low, high = draw_bits(place, seed, drop_threshold)  # while it is on its way
             normalise(acc, 0, scratch, bias, mean, rstd, place)
             normalise(acc, 1, scratch, bias, mean, rstd, place)

@@ -265,6 +265,25 @@ def store_2(array, index, a, b):
     array[index], array[index + 1] = a, b
 
 
+def _from_element_on(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    array = context.make_array(sig.args[0])(context, builder, args[0])
+    array.data = builder.gep(array.data, [args[1]])
+    return array._getvalue()
+
+
+def _beyond(meaning: Callable[..., Any]) -> Any:
+    def definition(typingctx: Any, array: Any, first: Any) -> Any:
+        return array(array, types.uint64), _from_element_on
+
+    return _intrinsic(definition, meaning)
+
+
+@_beyond
+def beyond(array, first):
+    """The array from element `first` on. A slice would be clamped to its end, in 64 bits."""
+    return array[first:]
+
+
 def _load_matrices(builder: Any, pointer: Any, _: Any) -> Any:
     shared = builder.addrspacecast(pointer, ir.PointerType(pointer.type.pointee, 3))
     word = ir.IntType(32)
@@ -425,6 +444,36 @@ def _towards_zero(values):
     rounded = values.astype(np.float32)
     beyond = np.abs(rounded) > np.abs(values)
     return np.where(beyond, np.nextafter(rounded, np.float32(0)), rounded)
+
+
+# ---- barriers of some of a block's warps, and registers that they hand to each other ------------
+
+
+@instruction("bar.sync $0, $1;", "r,r,~{memory}", types.void(int32, int32), side_effect=True)
+def barrier(which, threads):
+    """Wait at barrier number `which` until `threads` threads are there or have arrived."""
+    cuda.named_barrier(which, threads, True)
+
+
+@instruction("bar.arrive $0, $1;", "r,r,~{memory}", types.void(int32, int32), side_effect=True)
+def arrive(which, threads):
+    """Be counted at a barrier without waiting: what was stored before is seen beyond it."""
+    cuda.named_barrier(which, threads, False)
+
+
+def _set_registers(direction: str, registers: int) -> Callable[[Callable[..., Any]], Any]:
+    assembly = f"setmaxnreg.{direction}.sync.aligned.u32 {registers};"
+    return instruction(assembly, "~{memory}", types.void(), side_effect=True)
+
+
+@_set_registers("inc", 128)
+def take_registers():
+    """From here on a thread of these four warps has 128 registers, once others gave some back."""
+
+
+@_set_registers("dec", 48)
+def give_registers():
+    """From here on a thread of these four warps has 48 registers."""
 
 
 # ---- asynchronous copies ----------------------------------------------------------------------

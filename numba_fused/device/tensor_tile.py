@@ -45,8 +45,10 @@ INFINITY = float32(math.inf)
 LARGEST_EXPONENT = 14
 # Upper bits of a sum that has not been published: those of a NaN that no arithmetic makes.
 ABSENT = np.uint32(0xFFFFFFFF)
+# Barriers of a block's warps that convolve, and of those that pack, who may be the same.
+CONVOLVING, PACKING = 1, 2
 MOST_RECORDS_AT_ONCE = 4  # that a lane loads before it waits for one
-WAIT_NANOSECONDS = 40
+WAIT_NANOSECONDS = 500
 
 
 class TileFunctions(NamedTuple):
@@ -61,12 +63,26 @@ class TileFunctions(NamedTuple):
     extent: Any
     tile_position: Any
     draw_bits: Any
+    warp_moments: Any
     publish_sums: Any
     group_statistics: Any
     finish: Any
     move_rows: Any
     store: Any
     wait_for_store: Any
+    together: Any
+    packing_together: Any
+    packing_thread: Any
+    chunk_exponent: Any
+    pack_words: Any
+    clear: Any
+    rescale: Any
+    packed_tile: Any
+    add_chunk: Any
+    pool_group: Any
+    stage_output: Any
+    hand_over: Any
+    write_output: Any
 
 
 @cuda.jit(device=True)
@@ -160,9 +176,11 @@ def record_loader(entries: int) -> tuple[int, Any]:
 def tile_functions(shape: TileShape) -> TileFunctions:
     """The device functions, specialised on the compile-time numbers of a tile."""
     threads, warps = shape.threads, shape.warps
+    packing, first_packing = shape.packing_threads, shape.first_packing_thread
     row_warps, column_warps = shape.row_warps, shape.column_warps
     spatial_warps = row_warps * column_warps
     tile_channels, tile_rows, tile_columns = shape.channels, shape.rows, shape.columns
+    warp_channels = shape.warp_channels
     channel_tiles, row_tiles, column_tiles = shape.tiles
     in_channels, out_channels = shape.in_channels, shape.out_channels
     in_d, in_h, in_w = shape.in_size
@@ -179,8 +197,10 @@ def tile_functions(shape: TileShape) -> TileFunctions:
     staged_plane, row_vectors = shape.in_rows * staged_row, staged_row // vector
     in_rows, row_words, plane_words = shape.in_rows, shape.row_words, shape.plane_words
     row_slots, row_quads = shape.row_slots, -(-shape.row_slots // 4)
+    staged_columns, all_staged = shape.staged_columns, 4 * row_quads <= shape.staged_columns
     split, halves, plane_sources = shape.split, shape.values_per_word == 2, shape.plane_sources
     multiply = multiply_halves if halves else multiply_tf32
+    last_scale = SCALE + (chunks - 1) % 2
     low_words = planes * plane_words
     windows, window_table = shape.windows, shape.window_offsets
     window_positions = shape.window_positions
@@ -214,6 +234,21 @@ def tile_functions(shape: TileShape) -> TileFunctions:
     streams_per_channel = out_d * out_h * streams_per_row
 
     @cuda.jit(device=True)
+    def together():
+        """Wait for the threads that convolve."""
+        ptx.barrier(CONVOLVING, int32(threads))
+
+    @cuda.jit(device=True)
+    def packing_together():
+        """Wait for the threads that pack."""
+        ptx.barrier(PACKING, int32(packing))
+
+    @cuda.jit(device=True)
+    def packing_thread():
+        """Number of a thread among those that pack."""
+        return uint32(ptx.thread_index() - uint32(first_packing))
+
+    @cuda.jit(device=True)
     def locate(tile, place):
         """Note where a tile lies, in shared memory: registers have better to do than hold it."""
         rest, place[CHANNEL_TILE] = divide(tile, channel_tiles)
@@ -245,7 +280,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
         first_d = int32(d * stride_d - padding_d)
         first_h = int32(h * stride_h - padding_h)
         first_w = int32(w * stride_w - padding_w - shift)
-        position = int32(ptx.thread_index())
+        position = int32(packing_thread())
         while position < in_rows * row_vectors:
             x_h = int32(first_h + position // row_vectors)
             x_w = int32(first_w + position % row_vectors * vector)
@@ -264,7 +299,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
                     ptx.copy_async_4(staged, target, x, uint64(index), inside)
                 else:
                     ptx.copy_async_1(staged, target, x, uint64(index), inside)
-            position = int32(position + threads)
+            position = int32(position + packing)
 
     @cuda.jit(device=True)
     def wait_for_store():
@@ -276,25 +311,24 @@ def tile_functions(shape: TileShape) -> TileFunctions:
     def peak_exponent(staged, peaks):
         """Scale of the staged values: see `scale_exponent`. Infinities have no say in it."""
         peak = float32(0)
-        quad = int32(ptx.thread_index())
+        quad = int32(packing_thread())
         while quad < staged_planes * staged_plane // 4:
             for value in ptx.load_4(staged, uint64(4 * quad)):
                 peak = max(peak, abs(value))  # max drops a NaN
-            quad = int32(quad + threads)
+            quad = int32(quad + packing)
         if peak == INFINITY:
             peak = float32(0)
-            i = int32(ptx.thread_index())
+            i = int32(packing_thread())
             while i < staged_planes * staged_plane:
                 value = abs(staged[uint32(i)])
                 if value < INFINITY:
                     peak = max(peak, value)
-                i = int32(i + threads)
+                i = int32(i + packing)
         bits, lane = ptx.warp_max(ptx.float_bits(peak)), ptx.lane_index()
         if lane == 0:
-            peaks[ptx.thread_index() // WARP] = bits
-        wait_for_store()  # the words go where the tile before was stored from
-        cuda.syncthreads()
-        other = peaks[lane] if lane < warps else bits
+            peaks[packing_thread() // uint32(WARP)] = bits
+        packing_together()
+        other = peaks[lane] if lane < packing // WARP else bits
         return scale_exponent(ptx.warp_max(other))
 
     @cuda.jit(device=True)
@@ -311,9 +345,9 @@ def tile_functions(shape: TileShape) -> TileFunctions:
         return d, e, f, g
 
     @cuda.jit(device=True)
-    def load_source(staged, source, index):
-        """Four staged values of a source of the chunk; zeros if there are fewer sources."""
-        if source < staged_planes:
+    def load_source(staged, source, index, column):
+        """Four staged values of a source of the chunk; zeros where there is no such value."""
+        if source < staged_planes and (all_staged or column < staged_columns):
             return load_row(staged, int32(source * staged_plane + index))
         return float32(0), float32(0), float32(0), float32(0)
 
@@ -327,18 +361,18 @@ def tile_functions(shape: TileShape) -> TileFunctions:
     @cuda.jit(device=True)
     def pack_words(staged, words, scale):
         """Turn staged values into slots: four sources as pairs of halves, or two in TF32."""
-        position = int32(ptx.thread_index())
+        position = int32(packing_thread())
         while position < in_rows * row_quads:
             row, column = int32(position // row_quads), int32(position % row_quads * 4)
             index = int32(row * staged_row + column)
             for plane in range(planes):
                 target = uint64(row * row_words + 2 * column) + uint64(plane * plane_words)
                 source = plane_sources * plane
-                a = load_source(staged, source, index)
-                b = load_source(staged, source + 1, index)
+                a = load_source(staged, source, index, column)
+                b = load_source(staged, source + 1, index, column)
                 if halves:
-                    c = load_source(staged, source + 2, index)
-                    e = load_source(staged, source + 3, index)
+                    c = load_source(staged, source + 2, index, column)
+                    e = load_source(staged, source + 3, index, column)
                     if split:
                         first, first_rest = split_row(a, b, scale)
                         second, second_rest = split_row(c, e, scale)
@@ -350,7 +384,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
                         store_slots(words, target, column, first, second)
                 else:
                     store_slots(words, target, column, tf32_row(a), tf32_row(b))
-            position = int32(position + threads)
+            position = int32(position + packing)
 
     # ---- the convolution: from words to accumulators -------------------------------------------
 
@@ -429,43 +463,71 @@ def tile_functions(shape: TileShape) -> TileFunctions:
                 s = int32(s + 1)
 
     @cuda.jit(device=True)
+    def chunk_exponent(staged, peaks, chunk, before):
+        """Exponent of the scale of a staged chunk, `before` that of the chunk before it.
+
+        It may only fall from chunk to chunk: rising it could overflow the sums.
+        """
+        exponent = int32(127)
+        if halves:
+            exponent = peak_exponent(staged, peaks)
+            if chunk > 0:
+                exponent = min(exponent, before)
+        return exponent
+
+    @cuda.jit(device=True)
+    def clear(acc):
+        """Begin a tile."""
+        for i in range(ACCUMULATORS):
+            acc[i] = float32(0)
+
+    @cuda.jit(device=True)
+    def rescale(acc, chunk, exponent, before):
+        """Scale the sums as the next chunk will be, whose exponent may have fallen."""
+        if halves and chunk > 0 and exponent < before:
+            factor = power_of_two(max(int32(127 + exponent - before), int32(0)))
+            for i in range(ACCUMULATORS):
+                acc[i] *= factor
+
+    @cuda.jit(device=True)
+    def packed_tile(place):
+        """Number of the set of packed weights that a warp takes."""
+        channel_warp, _, _ = warp_place()
+        return int32(place[CHANNEL_TILE] * (tile_channels // CHANNELS) + channel_warp)
+
+    @cuda.jit(device=True)
+    def add_chunk(acc, scratch, words, channel_tile, chunk):
+        """Add the products of a chunk that is packed."""
+        first = int32(channel_tile * fragment_words + chunk * chunk_words)
+        if split:
+            # Smallest products first: what is added to a large sum loses its last bits.
+            sweep(acc, words, low_words, scratch, first)
+            sweep(acc, words, 0, scratch, int32(first + part_words))
+        sweep(acc, words, 0, scratch, first)
+
+    @cuda.jit(device=True)
     def accumulate(acc, x, scratch, words, staged, peaks, place):
-        """Convolve the tile, whose first chunk is staged, into `acc`.
+        """Convolve the tile, whose first chunk is staged, into `acc`, by warps that also pack.
 
         Another tile's may be staged after the next barrier.
         """
-        channel_warp, _, _ = warp_place()
-        channel_tile = int32(place[CHANNEL_TILE] * (tile_channels // CHANNELS) + channel_warp)
-        for i in range(ACCUMULATORS):
-            acc[i] = float32(0)
+        clear(acc)
         chunk = int32(0)
         while chunk < chunks:
             if chunk > 0:
                 ptx.wait_for_copies()
-                cuda.syncthreads()
-            exponent = int32(127)
-            if halves:
-                exponent = peak_exponent(staged, peaks)
-                if chunk > 0:
-                    # The scale may only fall from chunk to chunk: rising it could overflow `acc`.
-                    before = place[SCALE + (chunk + 1) % 2]
-                    exponent = min(exponent, before)
-                    if exponent < before:
-                        rescale = power_of_two(max(int32(127 + exponent - before), int32(0)))
-                        for i in range(ACCUMULATORS):
-                            acc[i] *= rescale
-                if ptx.thread_index() == 0:
-                    place[SCALE + chunk % 2] = exponent
+                together()
+            channel_tile = packed_tile(place)
+            before = place[SCALE + (chunk + 1) % 2]
+            exponent = chunk_exponent(staged, peaks, chunk, before)
+            rescale(acc, chunk, exponent, before)
+            if ptx.thread_index() == 0:
+                place[SCALE + chunk % 2] = exponent
             pack_words(staged, words, power_of_two(exponent))
-            cuda.syncthreads()
+            together()
             if chunk + 1 < chunks:
                 stage_input(x, staged, place, int32(chunk + 1))
-            first = int32(channel_tile * fragment_words + chunk * chunk_words)
-            if split:
-                # Smallest products first: what is added to a large sum loses its last bits.
-                sweep(acc, words, low_words, scratch, first)
-                sweep(acc, words, 0, scratch, int32(first + part_words))
-            sweep(acc, words, 0, scratch, first)
+            add_chunk(acc, scratch, words, channel_tile, chunk)
             chunk = int32(chunk + 1)
 
     @cuda.jit(device=True)
@@ -485,7 +547,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
     @cuda.jit(device=True)
     def input_unscale(place):
         """The factor that takes the scale of a tile's input back."""
-        return power_of_two(254 - place[SCALE + (chunks - 1) % 2]) if halves else float32(1)
+        return power_of_two(254 - place[last_scale]) if halves else float32(1)
 
     # ---- the statistics: from accumulators to mean and rstd ------------------------------------
 
@@ -553,15 +615,13 @@ def tile_functions(shape: TileShape) -> TileFunctions:
             moments[2, warp, g], moments[2, warp, g + 8] = low_m2, high_m2
 
     @cuda.jit(device=True)
-    def publish_sums(acc, scratch, bias, moments, place):
+    def publish_sums(scratch, bias, moments, place):
         """Publish sum and sum of squares of the tile's records of channels.
 
-        A thread takes one (channel, warp) of them; a record's lie in neighbouring lanes. Sums are
-        in fp64, where the difference of mean square and squared mean, which comes of them in the
-        end, keeps all digits that fp32 values have.
+        A thread takes one (channel, warp) of `moments`; a record's lie in neighbouring lanes. Sums
+        are in fp64, where the difference of mean square and squared mean, which comes of them in
+        the end, keeps all digits that fp32 values have.
         """
-        warp_moments(acc, moments, place)
-        cuda.syncthreads()
         entry = int32(ptx.thread_index())
         if entry // WARP * WARP < CHANNELS * warps:  # whole warps: they shuffle
             c = int32(min(entry, CHANNELS * warps - 1) // spatial_warps)
@@ -596,42 +656,47 @@ def tile_functions(shape: TileShape) -> TileFunctions:
         return value
 
     @cuda.jit(device=True)
-    def keep_statistics(kept, mean, rstd, group, place):
+    def keep_statistics(kept, mean, rstd, group, first_k, place):
         """Write mean and rstd of a group to memory, for the first tile of its first channel."""
-        starts_here = group * group_channels >= place[CHANNEL_TILE] * tile_channels
-        if starts_here and tile_position(place) == 0:
+        if group * group_channels >= first_k and tile_position(place) == 0:
             at = int64(place[SAMPLE]) * group_count + group
             kept[uint64(at)], kept[uint64(at + kept.size // 2)] = mean, rstd
 
     @cuda.jit(device=True)
-    def group_statistics(scratch, eps, statistics, kept, place):
-        """Mean and rstd of the tile's channels' groups: a warp pools the records of a group.
+    def pool_group(scratch, eps, kept, group, first_k, place):
+        """Mean and rstd of a group, by a warp, from the records of all tiles of the sample.
 
         Records that are not there yet are waited for. `kept`, (2, N, G) or empty, takes what a
-        backward pass will want to know.
+        backward pass will want to know, unless the group begins before channel `first_k`.
         """
         found = cuda.local.array(found_values, float64)
+        first = records_at + int64(place[SAMPLE]) * sample_record_words
+        first = int32(first + int32(group * (group_entries * RECORD_WORDS)))
+        total, squares = float64(0), float64(0)
+        entry = int32(ptx.lane_index())
+        while entry - ptx.lane_index() < group_entries:
+            load_records(scratch, first, entry, found)
+            for i in range(records_at_once):
+                total += found[2 * i]
+                squares += found[2 * i + 1]
+            entry = int32(entry + records_at_once * WARP)
+        mean = shuffled_sum(total, WARP) * share_of_group
+        variance = shuffled_sum(squares, WARP) * share_of_group - mean * mean
+        if variance < 0:  # of equal values, by rounding
+            variance = float64(0)
+        centre, rstd = float32(mean), float32(1) / math.sqrt(float32(variance) + eps)
+        if kept.size > 0 and ptx.lane_index() == 0:
+            keep_statistics(kept, centre, rstd, group, first_k, place)
+        return centre, rstd
+
+    @cuda.jit(device=True)
+    def group_statistics(scratch, eps, statistics, kept, place):
+        """Mean and rstd of each of the tile's channels to ``statistics[:, channel]``."""
         first_k = int32(place[CHANNEL_TILE] * tile_channels)
         last_k = min(int32(first_k + tile_channels), out_channels) - 1
-        sample = records_at + int64(place[SAMPLE]) * sample_record_words
         group = int32(first_k // group_channels + ptx.thread_index() // WARP)
         while group <= last_k // group_channels:
-            first = sample + int32(group * (group_entries * RECORD_WORDS))
-            total, squares = float64(0), float64(0)
-            entry = int32(ptx.lane_index())
-            while entry - ptx.lane_index() < group_entries:
-                load_records(scratch, first, entry, found)
-                for i in range(records_at_once):
-                    total += found[2 * i]
-                    squares += found[2 * i + 1]
-                entry = int32(entry + records_at_once * WARP)
-            mean = shuffled_sum(total, WARP) * share_of_group
-            variance = shuffled_sum(squares, WARP) * share_of_group - mean * mean
-            if variance < 0:  # of equal values, by rounding
-                variance = float64(0)
-            centre, rstd = float32(mean), float32(1) / math.sqrt(float32(variance) + eps)
-            if kept.size > 0 and ptx.lane_index() == 0:
-                keep_statistics(kept, centre, rstd, group, place)
+            centre, rstd = pool_group(scratch, eps, kept, group, first_k, place)
             c = int32(max(int32(group * group_channels), first_k) - first_k + ptx.lane_index())
             end = min(int32((group + 1) * group_channels - first_k), tile_channels)
             while c < end:
@@ -711,19 +776,20 @@ def tile_functions(shape: TileShape) -> TileFunctions:
                 for j in range(0, COLUMNS, 2):
                     target = uint64(first) + uint64(row + j)
                     if even_rows:
-                        if j < columns:
+                        if j < sure_columns or j < columns:
                             ptx.store_2(staged, target, acc[4 * j + r], acc[4 * j + 4 + r])
                     else:
-                        if j < columns:
+                        if j < sure_columns or j < columns:
                             staged[target] = acc[4 * j + r]
-                        if j + 1 < columns:
+                        if j + 1 < sure_columns or j + 1 < columns:
                             staged[target + uint64(1)] = acc[4 * j + 4 + r]
 
     @cuda.jit(device=True)
-    def move_rows(tensor, staged, place, outwards):
+    def move_rows(tensor, staged, place, outwards, warp):
         """Move the tile's channels between shared memory and a tensor of the output's shape.
 
-        Out of shared memory, or into it by asynchronous copies; neighbours move together.
+        Out of shared memory, or into it by asynchronous copies; neighbours move together. This
+        is number `warp` of the warps that have their share of channels.
         """
         n, d, h, w = place[SAMPLE], place[PLANE], place[ROW], place[COLUMN]
         height, width = min(tile_rows, int32(out_h - h)), min(tile_columns, int32(out_w - w))
@@ -731,8 +797,9 @@ def tile_functions(shape: TileShape) -> TileFunctions:
             height, width = 1, int32(height * out_w)
         lane = int32(ptx.lane_index())
         first_k = int32(place[CHANNEL_TILE] * tile_channels)
-        c = int32(ptx.thread_index() // WARP)
-        while c < tile_channels and first_k + c < out_channels:
+        c = int32(warp * warp_channels)
+        end = min(int32(c + warp_channels), int32(out_channels - first_k))
+        while c < end:
             start = (int64(n) * out_channels + first_k + c) * (out_d * out_plane)
             start += int32(d * out_plane + h * out_w + w)
             for row in range(height):
@@ -751,32 +818,42 @@ def tile_functions(shape: TileShape) -> TileFunctions:
                     else:
                         tensor[there] = staged[here]
                     i = int32(i + WARP * run_values)
-            c = int32(c + warps)
+            c = int32(c + 1)
 
     @cuda.jit(device=True)
-    def copy_output(staged, out, place):
+    def copy_output(staged, out, place, warp):
         """Let the copy engine write the staged channels, a run of rows each."""
         n, d, h = place[SAMPLE], place[PLANE], place[ROW]
         values = int32(min(tile_rows, int32(out_h - h)) * out_w)
         first_k = int32(place[CHANNEL_TILE] * tile_channels)
         # The engine takes a warp's requests one after the other: every warp has its share.
-        c = int32(ptx.lane_index() * warps + ptx.thread_index() // WARP)
-        if c < tile_channels and first_k + c < out_channels:
+        c = int32(warp * warp_channels + ptx.lane_index())
+        if ptx.lane_index() < warp_channels and first_k + c < out_channels:
             start = (int64(n) * out_channels + first_k + c) * (out_d * out_plane)
             start += int32(d * out_plane + h * out_w)
             ptx.copy_out(out, uint64(start), staged, uint64(int32(c * channel_stride)), values)
 
     @cuda.jit(device=True)
+    def write_output(staged, out, place, warp):
+        """Write a warp's share of the staged tile to `out`, after a barrier."""
+        if bulk_store:
+            copy_output(staged, out, place, warp)
+        else:
+            move_rows(out, staged, place, True, warp)
+
+    @cuda.jit(device=True)
+    def hand_over():
+        """Let what this thread has staged be seen by whoever writes it, after a barrier."""
+        if bulk_store:
+            ptx.hand_to_copy_engine()
+
+    @cuda.jit(device=True)
     def store(acc, staged, out, place):
         """Write the tile to `out` by way of shared memory."""
         stage_output(acc, staged, place)
-        if bulk_store:
-            ptx.hand_to_copy_engine()
+        hand_over()
         cuda.syncthreads()
-        if bulk_store:
-            copy_output(staged, out, place)
-        else:
-            move_rows(out, staged, place, True)
+        write_output(staged, out, place, int32(ptx.thread_index() // WARP))
 
     return TileFunctions(
         locate,
@@ -788,10 +865,24 @@ def tile_functions(shape: TileShape) -> TileFunctions:
         extent,
         tile_position,
         draw_bits,
+        warp_moments,
         publish_sums,
         group_statistics,
         finish,
         move_rows,
         store,
         wait_for_store,
+        together,
+        packing_together,
+        packing_thread,
+        chunk_exponent,
+        pack_words,
+        clear,
+        rescale,
+        packed_tile,
+        add_chunk,
+        pool_group,
+        stage_output,
+        hand_over,
+        write_output,
     )

@@ -21,8 +21,9 @@ A source is a (tap along d, input channel) pair, a *plane* the slots of four (tw
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TypeAlias
 
 import numpy as np
@@ -34,6 +35,8 @@ CHANNELS = 16  # rows of A: output channels of a warp
 ROWS = 8  # columns of B: output rows of a warp
 # The blocks of an SM share its registers and this, an H200's; the system takes some for each.
 WARPS_PER_PROCESSOR = 16
+TEAMS = 2  # of warps that finish parked tiles
+CONVOLVING_WARPS = 8  # of a block that has all of an SM's registers, and shares them unequally
 PROCESSOR_SHARED_BYTES, SYSTEM_SHARED_BYTES = 228 * 1024, 1024
 COLUMNS = 16  # positions along w of a warp: one dropout stream
 RECORD_WORDS = 4  # sum and sum of squares of some channels of a tile, as doubles
@@ -49,6 +52,64 @@ PADS = np.arange(0, 16, 4)  # words; 128-bit loads begin at multiples of four
 def round_up(value: int, multiple: int) -> int:
     """The next multiple."""
     return -(-value // multiple) * multiple
+
+
+Pattern: TypeAlias = tuple[tuple[int, int, int], ...]  # (plane, taps along h and w) of four lanes
+Loads: TypeAlias = tuple[int, int, tuple[tuple[Pattern, int], ...]]
+
+
+@lru_cache(maxsize=4096)
+def fewest_turns(
+    loads: tuple[Loads, ...],
+    in_rows: int,
+    row_slots: int,
+    row_stride: int,
+    dilation: tuple[int, int],
+) -> tuple[int, int]:
+    """The pitches of rows and planes, in words, with which loads take the fewest turns.
+
+    A turn serves 32 words of different banks, or of one address. Lanes ``4 g + t`` of a load are
+    in row g of B and in part t of the pattern.
+
+    Parameters
+    ----------
+    loads : tuple of (int, int, tuple of (Pattern, int))
+        Words that a load takes, loads for each part, and the parts with their number.
+    in_rows, row_slots : int
+        Rows of a plane, and slots of a row.
+    row_stride : int
+        Rows of x from one row of B to the next.
+    dilation : (int, int)
+        (h, w).
+
+    Returns
+    -------
+    (int, int)
+        Of the pairs with the fewest turns, the one that takes the least memory.
+    """
+    rows = (2 * row_slots + PADS)[:, None, None, None, None]
+    planes = in_rows * rows + PADS[:, None, None, None]
+    turns = np.zeros((len(PADS), len(PADS)), np.int64)
+    for width, times, patterns in loads:
+        for pattern, count in patterns:
+            plane, tap_h, tap_w = np.array(pattern).T
+            part_at = plane * planes + tap_h * dilation[0] * rows + 2 * tap_w * dilation[1]
+            row_at = np.arange(ROWS)[:, None] * row_stride * rows
+            words = (row_at + part_at).reshape(*turns.shape, WARP, 1) + np.arange(width)
+            words = np.sort(words.reshape(*turns.shape, width, BANKS))
+            first_of_its_address = np.diff(words, prepend=-1) > 0
+            of_bank = words[..., None] % BANKS == np.arange(BANKS)
+            busiest = (of_bank & first_of_its_address[..., None]).sum(-2).max(-1)
+            turns += count * times * busiest.sum(-1)
+    sizes = planes.reshape(turns.shape)
+    best = np.lexsort((sizes.ravel(), turns.ravel()))[0]
+    return int(rows.ravel()[best // len(PADS)]), int(sizes.ravel()[best])
+
+
+def _patterns(parts: np.ndarray) -> tuple[tuple[Pattern, int], ...]:
+    """What lanes differ in, (loads, 4, 3), and how often: a load as a whole may lie anywhere."""
+    relative = [tuple(map(tuple, load)) for load in (parts - parts[:, :1]).tolist()]
+    return tuple(Counter(relative).items())
 
 
 @dataclass(frozen=True)
@@ -75,6 +136,9 @@ class TileShape:
         Whether x and out begin at multiples of 16 bytes.
     bulk_copies : bool
         Whether the GPU has a copy engine for shared memory (sm_90 on).
+    parked : int
+        Convolved tiles that wait in shared memory for warps that finish them; 0 where those that
+        convolve do that themselves, from registers.
     """
 
     in_channels: int
@@ -94,6 +158,7 @@ class TileShape:
     split: bool
     aligned: bool
     bulk_copies: bool
+    parked: int = 0
 
     def __hash__(self) -> int:
         return self._hash
@@ -105,13 +170,45 @@ class TileShape:
 
     @property
     def warps(self) -> int:
-        """Warps of a block."""
+        """Warps of a block that convolve."""
         return self.channel_warps * self.row_warps * self.column_warps
 
     @cached_property
     def threads(self) -> int:
-        """Threads of a block."""
+        """Threads of a block that convolve."""
         return WARP * self.warps
+
+    @property
+    def packing_threads(self) -> int:
+        """Threads of a block that stage and pack the input: those that convolve, or others."""
+        return max(WARP, self.threads // 2) if self.parked else self.threads
+
+    @property
+    def first_packing_thread(self) -> int:
+        """The first of them."""
+        return self.threads if self.parked else 0
+
+    @property
+    def team_threads(self) -> int:
+        """Threads of one of the teams that finish what others have parked."""
+        return self.threads if self.parked else 0
+
+    @property
+    def first_finishing_thread(self) -> int:
+        """The first of them."""
+        return self.first_packing_thread + self.packing_threads
+
+    @property
+    def exchanges_registers(self) -> bool:
+        """Whether warps that convolve take registers from the others of their block."""
+        return self.parked > 0 and self.warps == CONVOLVING_WARPS
+
+    @cached_property
+    def block_threads(self) -> int:
+        """All threads of a block."""
+        if not self.parked:
+            return self.threads
+        return self.first_finishing_thread + TEAMS * self.team_threads
 
     @cached_property
     def blocks_per_processor(self) -> int:
@@ -121,12 +218,20 @@ class TileShape:
     def blocks_in(self, processor_shared_bytes: int) -> int:
         """Blocks that registers and an SM's shared memory have room for."""
         of_block = round_up(self.shared_bytes + self.static_bytes + SYSTEM_SHARED_BYTES, 128)
-        return min(WARPS_PER_PROCESSOR // self.warps, processor_shared_bytes // of_block)
+        by_registers = 1
+        if not self.exchanges_registers:
+            by_registers = WARPS_PER_PROCESSOR * WARP // self.block_threads
+        return min(by_registers, processor_shared_bytes // of_block)
 
     @property
     def channels(self) -> int:
         """Output channels of a tile."""
         return CHANNELS * self.channel_warps
+
+    @property
+    def warp_channels(self) -> int:
+        """Output channels of which a warp writes all rows and columns of a tile."""
+        return self.channels // self.warps
 
     @property
     def rows(self) -> int:
@@ -217,35 +322,18 @@ class TileShape:
 
     @cached_property
     def _pitches(self) -> tuple[int, int]:
-        """Words from row to row and from plane to plane: a few more than needed, for the banks.
-
-        The lanes of a load differ in row and in part; of all pitches whose loads take the fewest
-        turns these are the shortest.
-        """
-        rows = 2 * self.row_slots + PADS[:, None]
-        planes = self.in_rows * rows + PADS
-        turns = self._turns(self._window_parts, 4, rows, planes) * self._window_loads
-        turns = turns + self._turns(self._tail_parts, 2, rows, planes) * COLUMNS
-        best = np.lexsort((planes.ravel(), turns.ravel()))[0]
-        return int(rows[best // len(PADS), 0]), int(planes.ravel()[best])
-
-    def _turns(
-        self, parts: np.ndarray, width: int, rows: np.ndarray, planes: np.ndarray
-    ) -> np.ndarray:
-        """Turns that loads of `width` words of these parts take, for each pair of pitches.
-
-        A turn serves 32 words of different banks, or of one address; so many a load has anyway.
-        """
-        plane, tap_h, tap_w = np.moveaxis(parts, -1, 0)  # each (loads, 4)
-        rows, planes = rows[..., None, None], planes[..., None, None]
-        part_at = plane * planes + tap_h * self.dilation[1] * rows + 2 * tap_w * self.dilation[2]
-        row_at = np.arange(ROWS)[:, None] * self.stride[1] * rows
-        lane_at = row_at[..., None, :, :] + part_at[..., None, :]  # lane = 4 * row + part
-        words = lane_at.reshape(*lane_at.shape[:3], WARP, 1) + np.arange(width)
-        words = np.sort(words.reshape(*lane_at.shape[:3], width, BANKS))
-        first_of_its_address = np.diff(words, prepend=-1) > 0
-        of_bank = words[..., None] % BANKS == np.arange(BANKS)
-        return (of_bank & first_of_its_address[..., None]).sum(-2).max(-1).sum((-1, -2))
+        """Words from row to row and from plane to plane: a few more than needed, for the banks."""
+        window_loads = -(-self.window_slots // 2) * (COLUMNS // self.window_positions)
+        return fewest_turns(
+            (
+                (4, window_loads, _patterns(self._window_parts)),
+                (2, COLUMNS, _patterns(self._tail_parts)),
+            ),
+            self.in_rows,
+            self.row_slots,
+            self.stride[1],
+            self.dilation[1:],
+        )
 
     @property
     def vector(self) -> int:
@@ -258,9 +346,19 @@ class TileShape:
         return -self.padding[2] % self.vector
 
     @property
+    def staged_columns(self) -> int:
+        """Columns of the input that are staged: where tiles are parked, and memory is scarce, only
+        those under outputs that exist.
+        """
+        if not self.parked:
+            return round_up(self.row_slots, 4)
+        taps = (self.kernel_size[2] - 1) * self.dilation[2]
+        return round_up((self.out_row - 1) * self.stride[2] + taps + 1, 4)
+
+    @property
     def staged_row(self) -> int:
         """Values from one staged input row to the next."""
-        return round_up(self.row_slots, 4) + (4 if self.shift else 0)  # load_row takes two quads
+        return self.staged_columns + (4 if self.shift else 0)  # load_row takes two quads
 
     @property
     def staged_planes(self) -> int:
@@ -304,27 +402,36 @@ class TileShape:
         return round_up(self.rows * self.out_row - 16, 32) + 16
 
     @property
+    def output_values(self) -> int:
+        """Values of a staged output tile."""
+        return self.channels * self.channel_stride
+
+    @property
     def staged_input_at(self) -> int:
-        """Values before the region that stages the input: words, and later the output."""
-        return round_up(max(self.words, self.channels * self.channel_stride), 4)
+        """Values before the region that stages the input: words; later, unless parked, output."""
+        return round_up(self.words if self.parked else max(self.words, self.output_values), 4)
+
+    @property
+    def parked_at(self) -> int:
+        """Values before the parked tiles."""
+        staged_input = self.staged_planes * self.in_rows * self.staged_row
+        return round_up(self.staged_input_at + staged_input, 4)
 
     @cached_property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
-        staged_input = self.staged_planes * self.in_rows * self.staged_row
-        return 4 * (self.staged_input_at + staged_input)
+        return 4 * (self.parked_at + self.parked * self.output_values)
 
     @property
     def static_bytes(self) -> int:
-        """Shared memory of a block besides: moments, statistics, peaks, places."""
-        return 4 * (3 * CHANNELS * self.warps + 2 * self.channels + self.warps + 2 * 8)
+        """Shared memory of a block besides: moments, statistics, peaks, notes of tiles."""
+        moments, note = 3 * CHANNELS * self.warps, 8
+        if self.parked:
+            notes = (3 * self.warps + 2) * note + 2 * self.warps
+            return 4 * (moments + TEAMS * 3 * self.channels + notes + note)
+        return 4 * (moments + 2 * self.channels + self.warps + 2 * note)
 
     # ---- the order of the products --------------------------------------------------------
-
-    @property
-    def _window_loads(self) -> int:
-        """128-bit loads of a window, for all positions."""
-        return -(-self.window_slots // 2) * (COLUMNS // self.window_positions)
 
     @property
     def _rows_left(self) -> tuple[int, int]:

@@ -52,8 +52,8 @@ def limit(spec: BlockSpec) -> str | None:
 def kernels(shape: TileShape) -> tuple[Any, Any]:
     """The two kernels, specialised on a tile's shape."""
     f = tile_functions(shape)
-    convolve, publish_sums, group_statistics = f.convolve, f.publish_sums, f.group_statistics
-    draw_bits = f.draw_bits
+    convolve, warp_moments, publish_sums = f.convolve, f.warp_moments, f.publish_sums
+    group_statistics, draw_bits = f.group_statistics, f.draw_bits
     finish, store, wait_for_store = f.finish, f.store, f.wait_for_store
     moments_shape, statistics_shape = (3, shape.warps, CHANNELS), (2, shape.channels)
     bounds_of_launch = (shape.threads, shape.blocks_per_processor)
@@ -65,7 +65,9 @@ def kernels(shape: TileShape) -> tuple[Any, Any]:
         place = cuda.shared.array(PLACE_SIZE, int32)
         acc = cuda.local.array(ACCUMULATORS, float32)
         convolve(acc, x, scratch, int32(cuda.blockIdx.x), place)
-        publish_sums(acc, scratch, bias, moments, place)
+        warp_moments(acc, moments, place)
+        cuda.syncthreads()
+        publish_sums(scratch, bias, moments, place)
 
     @cuda.jit(launch_bounds=bounds_of_launch)
     def apply_kernel(x, scratch, bias, gamma, beta, kept, out, eps, bounds, seed, dropout):

@@ -19,6 +19,7 @@ from numba_fused.device.pointwise import clip_bounds
 from numba_fused.device.tile_shape import (
     LONGEST_WINDOW,
     PROCESSOR_SHARED_BYTES,
+    SYSTEM_SHARED_BYTES,
     WARP,
     TileShape,
     Triple,
@@ -28,7 +29,11 @@ from numba_fused.spec import BlockSpec
 
 LEAST_CAPABILITY = (8, 0)
 MOST_WARPS = 8
-LARGEST_SHARED_BYTES = 224 * 1024
+MOST_PARKED = 2
+# Planes of input for each 16 output channels up to which a few warps pack as fast as the others
+# convolve (plots/data/README.md): tiles with more are not parked, all warps pack and convolve.
+MOST_PACKED_APART = 16
+LARGEST_SHARED_BYTES = 227 * 1024  # of a block
 # Instructions of a warp per value, from the disassembly: what the choice of a tile weighs.
 OUTPUT_COST, INPUT_COST, RUN_COST, CHUNK_COST = 22, 4, 600, 100
 FEW_WARPS_COST = 8
@@ -70,10 +75,16 @@ def tile_limit(spec: BlockSpec, kind: TileKind) -> str | None:
             f"{spec.stride3[2]}, kernel {spec.kernel_size[-1]}, dilation {spec.dilation3[2]}), and "
             f"registers hold {LONGEST_WINDOW}"
         )
-    words = spec.batch * tile_shape(spec, kind).sample_record_words
+    words = spec.batch * current_shape(spec, kind).sample_record_words
     if words >= 2**31:
         return f"its tiles' sums take {words:,} words, and kernels count up to {2**31 - 1:,}"
     return None
+
+
+def current_shape(spec: BlockSpec, kind: TileKind) -> TileShape:
+    """The cheapest tile for `spec` on the current GPU; on an H200 where there is none."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return tile_shape(spec, kind, bulk_copies=has_bulk_copies(device))
 
 
 @lru_cache(maxsize=1024)
@@ -91,23 +102,27 @@ def tile_shape(
     bulk_copies : bool
         Whether the GPU has a copy engine for shared memory.
     """
-    shape = min(_candidates(spec, kind), key=_cost)
+    shape = min(_candidates(spec, kind, bulk_copies), key=_cost)
     return replace(shape, aligned=aligned, bulk_copies=bulk_copies)
 
 
 @lru_cache(maxsize=1024)
-def _candidates(spec: BlockSpec, kind: TileKind) -> list[TileShape]:
-    """Every tile that fits into shared memory."""
+def _candidates(spec: BlockSpec, kind: TileKind, bulk_copies: bool = True) -> list[TileShape]:
+    """Every tile that fits into shared memory, those that are parked first."""
     channel_warps = min(MOST_WARPS, 2 ** math.ceil(math.log2(max(1, spec.out_channels / 16))))
     kernel = _triple(spec.volume(spec.weight_shape)[2:])
     all_planes = -(-kernel[0] * spec.in_channels // (2 * kind.values_per_word))
     planes_at_a_time = {1, 2, *range(4, all_planes, 4), all_planes}
-    # All of an SM's, but for what the system takes and a block's few arrays of fixed size.
-    largest = min(LARGEST_SHARED_BYTES, processor_shared_bytes() - 4 * 1024)
+    # Who parks tiles takes registers from others, as sm_90 can, which also has the copy engine.
+    apart = kernel[0] * spec.in_channels <= MOST_PACKED_APART * channel_warps
+    parks = kind.one_pass and bulk_copies and apart
+    largest = min(LARGEST_SHARED_BYTES, processor_shared_bytes() - SYSTEM_SHARED_BYTES)
     fitting: list[TileShape] = []
     for rows, columns in itertools.product((1, 2, 4, 8), repeat=2):
-        if rows * columns * channel_warps > MOST_WARPS:
+        warps = rows * columns * channel_warps
+        if warps > MOST_WARPS:
             continue
+        most_parked = MOST_PARKED if parks and warps == MOST_WARPS else 0
         tile = TileShape(
             in_channels=spec.in_channels,
             out_channels=spec.out_channels,
@@ -127,8 +142,13 @@ def _candidates(spec: BlockSpec, kind: TileKind) -> list[TileShape]:
             aligned=True,
             bulk_copies=True,
         )
-        choices = (replace(tile, planes=p) for p in planes_at_a_time if p <= all_planes)
-        fitting += [tile for tile in choices if tile.shared_bytes <= largest]
+        choices = (
+            replace(tile, planes=p, parked=parked)
+            for p in planes_at_a_time
+            for parked in range(most_parked, -1, -1)
+            if p <= all_planes
+        )
+        fitting += [tile for tile in choices if tile.shared_bytes + tile.static_bytes <= largest]
     return fitting
 
 
@@ -144,7 +164,7 @@ def _cost(tile: TileShape) -> float:
     inputs = tile.chunks * tile.staged_planes * tile.in_rows * tile.staged_row
     instructions = OUTPUT_COST * outputs + INPUT_COST * inputs + RUN_COST * runs
     instructions += CHUNK_COST * WARP * tile.warps * tile.chunks
-    resident = tile.blocks_per_processor * tile.warps
+    resident = tile.blocks_per_processor * tile.block_threads // WARP
     return tile.tiles_per_sample * instructions * (1 + FEW_WARPS_COST / resident)
 
 

@@ -110,6 +110,18 @@ class Thread:
         self.spins = 0
 
 
+class NamedBarrier:
+    """Who has come to one of a block's numbered barriers since it last let anybody pass."""
+
+    __slots__ = ("arrived", "expected", "waiting", "warps")
+
+    def __init__(self, expected: int) -> None:
+        self.expected = expected
+        self.arrived = 0
+        self.waiting: list[Thread] = []
+        self.warps: set[Warp] = set()
+
+
 class Block:
     """A block's threads, the runnable ones among them, and its shared memory."""
 
@@ -122,6 +134,7 @@ class Block:
         "epoch",
         "fence",
         "live",
+        "named_barriers",
         "queue",
         "result",
         "shared",
@@ -161,6 +174,7 @@ class Block:
         self.barrier: tuple[str, CodeType, int] = ("", Block.__init__.__code__, 0)
         self.divergent = False
         self.values: list[Any] = []
+        self.named_barriers: dict[int, NamedBarrier] = {}
         self.result: Any = None
         self.shared: dict[Any, DeviceArray] = {}
         self.dynamic: tuple[np.ndarray, np.ndarray] | None = None
@@ -394,6 +408,49 @@ class Machine:
             self.suspend(thread)
         thread.waits = None
         return block.result
+
+    def named_barrier(self, which: int, threads: int, waits: bool, frame: FrameType) -> None:
+        """Be the next of `threads` at a numbered barrier, and wait there or only be counted.
+
+        What the warps that came did before is ordered before what those that waited do next.
+        """
+        thread = self.thread
+        block = thread.block
+        kind = f"barrier {which}"
+        barrier = block.named_barriers.get(which)
+        if barrier is None:
+            barrier = block.named_barriers[which] = NamedBarrier(threads)
+        if barrier.expected != threads:
+            thread.waits = (kind, frame)
+            raise SimulationError(
+                f"{kind} was joined for {barrier.expected} threads, and is now for "
+                f"{threads}{self.where()}"
+            )
+        barrier.arrived += 1
+        barrier.warps.add(thread.warp)
+        if waits:
+            thread.waits = (kind, frame)
+            barrier.waiting.append(thread)
+        if barrier.arrived == threads:
+            self._pass(barrier)
+            del block.named_barriers[which]
+            self.collectives[kind] += 1
+            self._wake(barrier.waiting if waits else [*barrier.waiting, thread], thread)
+        elif waits:
+            self.suspend(thread)
+        thread.waits = None
+
+    def _pass(self, barrier: NamedBarrier) -> None:
+        known: dict[Any, int] = {}
+        for warp in barrier.warps:
+            for who, time in warp.synced.items():
+                known[who] = max(time, known.get(who, -1))
+        known |= dict.fromkeys(barrier.warps, self.clock)
+        self.clock += 1
+        self.events += 1
+        for warp in {thread.warp for thread in barrier.waiting}:
+            warp.epoch = self.clock
+            warp.synced.update(known)
 
     def exchange(
         self,

@@ -261,8 +261,9 @@ class CooperativeGroups:
 class Cuda:
     """``cuda`` inside a simulated kernel. Anything it lacks raises `AttributeError` by name.
 
-    Beyond numba's names there is `exchange_sync`, for the Python meaning of intrinsics in which a
-    warp works together: each lane brings a value and gets what all 32 make together.
+    Beyond numba's names there are, for the Python meaning of intrinsics, `exchange_sync`, in which
+    a warp works together (each lane brings a value and gets what all 32 make together), and
+    `named_barrier`, for some of a block's warps.
     """
 
     warpsize = WARP_SIZE
@@ -331,6 +332,10 @@ class Cuda:
     def syncwarp(self, mask: int = FULL_MASK) -> None:
         """Wait for the lanes of `mask`."""
         self._machine.exchange("syncwarp", mask, None, _getframe(1))
+
+    def named_barrier(self, which: Any, threads: Any, waits: bool) -> None:
+        """Be the next of `threads` at barrier number `which`; wait for the others, or go on."""
+        self._machine.named_barrier(int(which), int(threads), waits, _getframe(1))
 
     def threadfence(self) -> None:
         """Release the thread's writes to later atomics."""
