@@ -48,7 +48,8 @@ ABSENT = np.uint32(0xFFFFFFFF)
 # Barriers of a block's warps that convolve, and of those that pack, who may be the same.
 CONVOLVING, PACKING = 1, 2
 MOST_RECORDS_AT_ONCE = 4  # that a lane loads before it waits for one
-WAIT_NANOSECONDS = 500
+WAIT_NANOSECONDS = 40
+SHORTEST_NAP, LONGEST_NAP = 256, 1024  # nanoseconds, of who is patient
 
 
 class TileFunctions(NamedTuple):
@@ -144,8 +145,11 @@ def multiply_tf32(sums, i, a, b):
 
 
 @cache
-def record_loader(entries: int) -> tuple[int, Any]:
-    """How many of a run of `entries` records a lane loads at once, and the function that does."""
+def record_loader(entries: int, patient: bool = False) -> tuple[int, Any]:
+    """How many of a run of `entries` records a lane loads at once, and the function that does.
+
+    One that is patient looks less often the longer it waits, and leaves more to other warps.
+    """
     at_once = min(MOST_RECORDS_AT_ONCE, -(-entries // WARP))
 
     @cuda.jit(device=True)
@@ -154,7 +158,7 @@ def record_loader(entries: int) -> tuple[int, Any]:
 
         `first` is the word at which the run begins; beyond its end there are zeros.
         """
-        waiting = True
+        waiting, nap = True, uint32(SHORTEST_NAP if patient else WAIT_NANOSECONDS)
         while waiting:
             absent = False
             for i in range(at_once):
@@ -167,7 +171,9 @@ def record_loader(entries: int) -> tuple[int, Any]:
                 absent = absent or ptx.high_bits(found[i]) == ABSENT
             waiting = cuda.any_sync(FULL_WARP, absent)  # a warp stays together
             if waiting:
-                cuda.nanosleep(WAIT_NANOSECONDS)
+                cuda.nanosleep(nap)
+                if patient:
+                    nap = min(uint32(2 * nap), uint32(LONGEST_NAP))
 
     return at_once, load_records
 
@@ -217,7 +223,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
     group_records = group_channels // record_channels
     tile_positions = out_d * row_tiles * column_tiles
     group_entries = group_records * tile_positions
-    records_at_once, load_records = record_loader(group_entries)
+    records_at_once, load_records = record_loader(group_entries, shape.parked > 0)
     found_values = 2 * records_at_once
     share_of_group = 1 / (group_channels * out_d * out_plane)
 
