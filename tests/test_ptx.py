@@ -29,6 +29,8 @@ from numba_fused.simulator import Simulator
 WARP = 32
 VALUES = 4 * WARP
 TWO_WARPS = 2 * VALUES
+TWO_WARPS_THREADS = 2 * WARP
+TAKING_THREADS, REGISTER_THREADS = 256, 768  # warps that convolve, and those of a block
 ARCHITECTURES = {"sm_80": (8, 0), "sm_90a": (9, 0, "a")}
 SPACES = ("global", "shared")
 
@@ -439,11 +441,64 @@ def copy_out_twice_kernel(source, values, first, second):
         ptx.wait_for_copies_out()
 
 
+@cuda.jit
+def beyond_kernel(source, out):
+    """From the third value on."""
+    out[cuda.threadIdx.x] = ptx.beyond(source, uint64(2))[cuda.threadIdx.x]
+
+
+@cuda.jit
+def hand_on_kernel(source, out):
+    """The first warp stores and goes on; the second waits until it has, and reads."""
+    staged = cuda.shared.array(WARP, float32)
+    i = cuda.threadIdx.x
+    if i < WARP:
+        staged[i] = source[i]
+        ptx.arrive(int32(1), int32(TWO_WARPS_THREADS))
+    else:
+        ptx.barrier(int32(1), int32(TWO_WARPS_THREADS))
+        out[i - WARP] = staged[TWO_WARPS_THREADS - 1 - i]
+
+
+@cuda.jit(launch_bounds=(REGISTER_THREADS, 1))
+def exchange_registers_kernel(source, out):
+    """Two warpgroups take registers, four give some."""
+    i = cuda.threadIdx.x
+    if i < TAKING_THREADS:
+        ptx.take_registers()
+        out[i] = 2 * source[i]
+    else:
+        ptx.give_registers()
+        out[i] = 3 * source[i]
+
+
 def bulk_copies_here(launch: Launch) -> bool:
     """Whether where the kernel runs there is a copy engine: the simulator has one."""
     if launch.__name__ == "simulated":
         return True
     return torch.cuda.get_device_capability() >= (9, 0)
+
+
+def test_an_array_beyond_an_element_begins_there(launch: Launch) -> None:
+    source, out = np.arange(WARP + 2, dtype=np.float32), np.zeros(WARP, np.float32)
+    launch(beyond_kernel, source, out)
+    assert out.tolist() == source[2:].tolist()
+
+
+def test_what_one_warp_stored_another_reads_beyond_a_barrier(launch: Launch) -> None:
+    source, out = np.arange(1, WARP + 1, dtype=np.float32), np.zeros(WARP, np.float32)
+    launch(hand_on_kernel, source, out, threads=TWO_WARPS_THREADS)
+    assert out.tolist() == source[::-1].tolist()
+
+
+def test_registers_change_hands_and_values_stay(launch: Launch) -> None:
+    if not bulk_copies_here(launch):
+        pytest.skip("needs sm_90, whose warps hand registers to each other")
+    source = np.arange(REGISTER_THREADS, dtype=np.float32)
+    out = np.zeros_like(source)
+    launch(exchange_registers_kernel, source, out, threads=REGISTER_THREADS)
+    factors = np.where(np.arange(REGISTER_THREADS) < TAKING_THREADS, 2, 3)
+    assert out.tolist() == (factors * source).tolist()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint32])
@@ -769,6 +824,21 @@ INSTRUCTIONS: list[tuple[Any, Any, tuple[Any, ...], list[str]]] = [
         ]
         for element in (F32, U32)
     ),
+    (ptx.beyond, beyond_kernel, (F32, F32), []),
+    (ptx.barrier, hand_on_kernel, (F32, F32), ["bar.sync"]),
+    (ptx.arrive, hand_on_kernel, (F32, F32), ["bar.arrive"]),
+    (
+        ptx.take_registers,
+        exchange_registers_kernel,
+        (F32, F32),
+        ["setmaxnreg.inc.sync.aligned.u32 128"],
+    ),
+    (
+        ptx.give_registers,
+        exchange_registers_kernel,
+        (F32, F32),
+        ["setmaxnreg.dec.sync.aligned.u32 48"],
+    ),
     (ptx.high_bits, high_bits_kernel, (F64, U32), ["mov.b64 {low, "]),
     (ptx.low_bits, low_bits_kernel, (F64, U32), ["mov.b64 {"]),
     (ptx.join_words, join_words_kernel, (U32, U32, F64), ["mov.b64 %fd"]),
@@ -805,7 +875,8 @@ INSTRUCTIONS: list[tuple[Any, Any, tuple[Any, ...], list[str]]] = [
         ["cp.async.bulk.wait_group.read 0"],
     ),
 ]
-BULK_COPIES = {copy_out_kernel, copy_out_twice_kernel}  # sm_80 has no instructions for them
+# sm_80 has no instructions for them.
+FROM_SM_90 = {copy_out_kernel, copy_out_twice_kernel, exchange_registers_kernel}
 
 
 def compiled(kernel: Any, types: tuple[Any, ...], architecture: str) -> str:
@@ -850,7 +921,7 @@ def tool(name: str) -> Path:
         )
         for row in INSTRUCTIONS
         for architecture in ARCHITECTURES
-        if architecture == "sm_90a" or row[1] not in BULK_COPIES
+        if architecture == "sm_90a" or row[1] not in FROM_SM_90
     ],
 )
 def test_the_compiler_emits_the_instruction_and_the_assembler_takes_it(

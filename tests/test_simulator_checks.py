@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from numba import cuda, float32, int32
 
+from numba_fused.device import ptx
 from numba_fused.simulator import (
     DeadlockError,
     OutOfBoundsError,
@@ -64,6 +65,47 @@ def test_a_returned_thread_is_missed_at_the_barrier(mode):
         text,
     )
     assert "threads 40-63 have returned" in text
+
+
+@cuda.jit
+def hands_on(out, arriving, waits, threads):
+    """The first warp stores and arrives at barrier 3; the second waits there, and reads."""
+    staged = cuda.shared.array(32, float32)
+    t = cuda.threadIdx.x
+    if t < 32:
+        staged[t] = t
+        if t < arriving:
+            ptx.arrive(3, 64)
+    elif waits:
+        ptx.barrier(3, threads)
+        out[t - 32] = staged[63 - t]
+    else:
+        ptx.arrive(3, threads)
+        out[t - 32] = staged[63 - t]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_who_waits_at_a_numbered_barrier_sees_what_was_stored_before(mode):
+    out = zeros(32)
+    Simulator(**MODES[mode]).launch(hands_on, 1, 64, out, 32, True, 64)
+    assert out.tolist() == list(range(31, -1, -1))
+
+
+def test_who_only_arrives_races():
+    with pytest.raises(RaceError, match="staged"):
+        Simulator(check_races=True).launch(hands_on, 1, 64, zeros(32), 32, False, 64)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_thread_is_missed_at_a_numbered_barrier(mode):
+    with pytest.raises(DeadlockError) as error:
+        Simulator(**MODES[mode]).launch(hands_on, 1, 64, zeros(32), 31, True, 64)
+    assert "threads 32-63 wait at barrier 3" in words_of(error)
+
+
+def test_all_name_the_same_number_of_threads():
+    with pytest.raises(SimulationError, match="barrier 3 was joined for 64 threads, and is now"):
+        Simulator().launch(hands_on, 1, 64, zeros(32), 32, True, 96)
 
 
 @cuda.jit
