@@ -567,7 +567,7 @@ LIMITS: dict[str, tuple[list[str], tuple[int, ...], tuple[int, ...], dict[str, A
         (1, 1, 1800, 16),
         (2, 1, 1, 3),
         {"stride": (200, 1)},
-        "input tile needs more than 224 KB of shared memory",
+        "input tile needs more than 227 KB of shared memory",
     ),
     "a sample fits into the GPU": (
         ["pipelined"],
