@@ -296,14 +296,16 @@ measure("tensor_core", x=x_times, E=E_times)
 measure("split", x=x_times, E=E_times)
 
 # %% [markdown]
-# ## Rung 9, `pipelined`: wait in registers
+# ## Rung 9, `pipelined`: park it and go on
 #
-# All blocks that a large GPU holds at once have more registers than a sample has values. So a block
-# convolves its tile, publishes its sums, *waits* until all tiles of the sample have done so, and
-# finishes from registers. The loop is the whole idea:
+# What a large GPU holds at once is more than a sample. So a block convolves its tile, publishes its
+# sums and *parks* the tile in shared memory until all tiles of the sample have done the same. In
+# the meantime it convolves the next one. Each phase has warps of its own: some pack the input, some
+# convolve, some finish, and they hand tiles on at barriers (`PARKED`, `FINISHED`). Those that
+# finish do this, and `find_coefficients` is where they wait for the sums of the other blocks:
 
 # %%
-show(rung_9_pipelined.kernel)
+show(rung_9_pipelined.finishing)
 
 # %% [markdown]
 # **Predict:**
@@ -512,8 +514,8 @@ print(f"torch.compile: {single['torch.compile']['p50_ms']:.3f} ms")
 print(f"torch:         {single['torch']['p50_ms']:.3f} ms")
 
 # %% [markdown]
-# One sample makes that many blocks, and an H200 has 132 multiprocessors with room for two each:
-# most of it is idle. What is left is the time of one tile from beginning to end, and that of two
+# One sample makes that many blocks, one to a multiprocessor, and an H200 has 132 of those: most of
+# it is idle. What is left is the time of one tile from beginning to end, and that of two
 # launches. Rung 4, with a block for each sample and group, would have 8 blocks. The best kernel
 # depends on the shape, which is why `variant="auto"` exists.
 #

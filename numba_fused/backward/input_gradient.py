@@ -47,6 +47,7 @@ COLUMNS = 8  # of one matrix instruction
 MOST_COLUMNS = 64
 MOST_ROW_GROUPS = 2  # of 16 rows of A, whose sums of 64 columns a lane holds in 32 registers each
 LANE_WORDS = 4 * WARP  # of A
+LANE_POSITIONS = WARP // 2  # that a warp copies at once
 
 
 @dataclass(frozen=True)
@@ -198,16 +199,16 @@ def input_gradient_kernel(tile: InputTile) -> Any:
     out_plane = out_h * out_w
     kernel_d, kernel_h, kernel_w = shape.kernel_size
     padding_d, padding_h, padding_w = shape.padding
-    channel_groups, row_groups, rows = shape.packed_tiles, tile.row_groups, tile.rows
+    channel_groups, row_groups = shape.packed_tiles, tile.row_groups
     column_groups, planes = tile.column_groups, tile.planes
     plane_tiles, row_tiles, column_tiles = tile.tiles
     staged_rows, staged_columns = tile.staged_rows, tile.staged_columns
     staged_positions, stage_words = staged_rows * staged_columns, tile.stage_words
-    step_rows, step_columns = THREADS // 2 // staged_columns, THREADS // 2 % staged_columns
     position_words = POSITION_WORDS * channel_groups
     rest_words = staged_positions * POSITION_WORDS
     parts = 2 if split else 1
     set_words = row_groups * parts * LANE_WORDS
+    tap_words = channel_groups * set_words
     group_sums = column_groups * 4
     accumulators = row_groups * group_sums
     columns = COLUMNS * column_groups
@@ -216,46 +217,48 @@ def input_gradient_kernel(tile: InputTile) -> Any:
     def stage(dz, words, target, sample, plane, channel_group, first_h, first_w):
         """Start copying a tile of a plane of dz, zeros where there is no output.
 
-        A thread copies half of every 128th position; it steps from one to the next.
+        A warp copies whole rows, two lanes a position.
         """
-        quad, position = int32(ptx.thread_index() % 2), int32(ptx.thread_index() // 2)
-        row, column = divide(position, staged_columns)
+        row = int32(ptx.thread_index() // WARP)
+        column, quad = divide(int32(ptx.lane_index()), 2)
         h = int32(first_h + padding_h - (kernel_h - 1) + row)
         w = int32(first_w + padding_w - (kernel_w - 1) + column)
         at = (int64(sample) * out_d + plane) * out_plane + int32(h * out_w + w)
         at = at * position_words + int32(channel_group * POSITION_WORDS + 4 * quad)
-        to, last = int32(target + 4 * ptx.thread_index()), int32(staged_columns + w - column)
-        while position < staged_positions:
-            inside = uint32(h) < uint32(out_h) and uint32(w) < uint32(out_w)
-            ptx.copy_async_4(words, uint64(to), dz, uint64(at if inside else int64(0)), inside)
-            position, to = int32(position + THREADS // 2), int32(to + 4 * THREADS)
-            h, w = int32(h + step_rows), int32(w + step_columns)
-            at += (step_rows * out_w + step_columns) * position_words
-            if w >= last:
-                h, w = int32(h + 1), int32(w - staged_columns)
-                at += (out_w - staged_columns) * position_words
+        to = int32(target + int32(row * staged_columns + column) * POSITION_WORDS + 4 * quad)
+        while row < staged_rows:
+            row_inside = uint32(h) < uint32(out_h)
+            for first in range(0, staged_columns, LANE_POSITIONS):
+                if first + LANE_POSITIONS <= staged_columns or first + column < staged_columns:
+                    inside = row_inside and uint32(int32(w + first)) < uint32(out_w)
+                    source = uint64(at + first * position_words)
+                    ptx.copy_async_4(
+                        words, uint64(int32(to + first * POSITION_WORDS)), dz, source, inside
+                    )
+            row, h = int32(row + WARPS), int32(h + WARPS)
+            at += WARPS * out_w * position_words
+            to = int32(to + WARPS * staged_columns * POSITION_WORDS)
 
     @cuda.jit(device=True)
     def add_plane(acc, words, target, packed, first_set):
         """Add what a staged tile of 16 channels brings to the planes of dx above it."""
-        lane = int32(ptx.lane_index())
-        row = int32(ptx.thread_index() // WARP)
-        base = int32(target + int32(row * staged_columns) * POSITION_WORDS)
-        base = int32(base + lane // 4 * POSITION_WORDS + 2 * (lane % 4))
+        row, lane = divide(int32(ptx.thread_index()), WARP)
+        column, pair = divide(lane, 4)
+        base = int32(int32(row * staged_columns + column) * POSITION_WORDS + 2 * pair)
+        base = int32(base + target)
+        at = int64(first_set) * set_words + 4 * lane
         sums = cuda.local.array(group_sums, float32)  # see tile_shape.LONGEST_CHAIN
-        for tap_row in range(kernel_h):
+        for _ in range(kernel_h):
             for group in range(row_groups):
                 if split:
                     for i in range(group_sums):
                         sums[i] = float32(0)
                 for tap_column in range(kernel_w):
                     cuda.syncwarp()  # or the compiler loads far ahead and registers run out
-                    tap = int32(tap_row * kernel_w + tap_column)
-                    at = int64(int32(first_set + tap * channel_groups)) * set_words + 4 * lane
-                    set_at = uint64(at + group * parts * LANE_WORDS)
+                    set_at = uint64(at + tap_column * tap_words + group * parts * LANE_WORDS)
                     a = ptx.load_4(packed, set_at)
                     a_rest = ptx.load_4(packed, set_at + uint64(LANE_WORDS)) if split else a
-                    first = int32(base + (tap_row * staged_columns + tap_column) * POSITION_WORDS)
+                    first = int32(base + tap_column * POSITION_WORDS)
                     for i in range(column_groups):
                         word = uint64(int32(first + i * (COLUMNS * POSITION_WORDS)))
                         b = ptx.load_2(words, word)
@@ -269,30 +272,39 @@ def input_gradient_kernel(tile: InputTile) -> Any:
                 if split:
                     for i in range(group_sums):
                         acc[group * group_sums + i] += sums[i]
+            at += kernel_w * tap_words
+            base = int32(base + staged_columns * POSITION_WORDS)
 
     @cuda.jit(device=True)
-    def finish_plane(acc, grad_x, unscale, factor, n, padded_plane, first_plane, first_h, first_w):
-        """Write a complete plane of dx and start its rows anew."""
-        plane = int32(padded_plane - padding_d)
+    def finish_plane(acc, grad_x, unscale, factor, n, slot, plane, writes, first_h, first_w):
+        """Write a complete plane of dx, whose rows are in a slot, and start its rows anew."""
         lane = int32(ptx.lane_index())
         h = int32(first_h + int32(ptx.thread_index() // WARP))
-        slot = int32(int32(padded_plane + kernel_d) % kernel_d)
+        w = int32(first_w + 2 * (lane % 4))
         for half in range(2 * row_groups):
             row = int32(lane // 4 + 8 * half)
-            if row < rows and row // in_channels == slot:
-                if plane >= first_plane and h < in_h:
-                    scale = factor * unscale[uint64(row)]
-                    index = (int64(n) * in_channels + row % in_channels) * in_d + plane
-                    index = (index * in_h + h) * in_w
-                    for i in range(column_groups):
-                        for e in range(2):
-                            w = int32(first_w + COLUMNS * i + 2 * (lane % 4) + e)
-                            if w < in_w:
-                                value = acc[4 * (half // 2 * column_groups + i) + half % 2 * 2 + e]
-                                grad_x[uint64(index + w)] = value * scale
+            of_slot, c = divide(row, in_channels)
+            first = 4 * (half // 2 * column_groups) + half % 2 * 2
+            if of_slot == slot and writes:
+                scale = factor * unscale[uint64(row)]
+                index = (int64(n) * in_channels + c) * in_d + plane
+                index = (index * in_h + h) * in_w + w
                 for i in range(column_groups):
-                    for e in range(2):
-                        acc[4 * (half // 2 * column_groups + i) + half % 2 * 2 + e] = float32(0)
+                    column = int32(w + COLUMNS * i)
+                    low, high = acc[first + 4 * i] * scale, acc[first + 4 * i + 1] * scale
+                    at = uint64(index + COLUMNS * i)
+                    if in_w % 2 == 0:
+                        if in_w % columns == 0 or column < in_w:
+                            ptx.store_2(grad_x, at, low, high)
+                    else:
+                        if column < in_w:
+                            grad_x[at] = low
+                        if column + 1 < in_w:
+                            grad_x[at + uint64(1)] = high
+            for i in range(column_groups):
+                for e in range(2):
+                    value = acc[first + 4 * i + e]
+                    acc[first + 4 * i + e] = float32(0) if of_slot == slot else value
 
     @cuda.jit(launch_bounds=(THREADS, 2))
     def input_gradient(dz, rest, packed, unscale, scales, grad_x, first_sample):
@@ -331,12 +343,16 @@ def input_gradient_kernel(tile: InputTile) -> Any:
                     target = int32(target + rest_words)
                     stage(rest, words, target, sample, next_plane, next_group, first_h, first_w)
             row_exists = first_h + int32(ptx.thread_index() // WARP) < in_h
+            _, slot = divide(int32(plane + kernel_d), kernel_d)
             if plane >= 0 and plane < out_d and row_exists:
-                order = int32(int32(plane + kernel_d) % kernel_d)
-                first_set = int32(order * (kernel_h * kernel_w * channel_groups) + group)
+                first_set = int32(slot * (kernel_h * kernel_w * channel_groups) + group)
                 add_plane(acc, words, int32(buffer * stage_words), packed, first_set)
             if next_group == 0:
-                finish_plane(acc, grad_x, unscale, factor, n, plane, first_plane, first_h, first_w)
+                complete = int32(plane - padding_d)
+                writes = complete >= first_plane and row_exists
+                finish_plane(
+                    acc, grad_x, unscale, factor, n, slot, complete, writes, first_h, first_w
+                )
             group, plane, buffer = next_group, next_plane, int32(1 - buffer)
 
     return input_gradient
