@@ -37,7 +37,7 @@ from torch import Tensor
 
 import numba_fused as nf
 from numba_fused import backward, ops
-from numba_fused.backward import tensor_core
+from numba_fused.backward import input_gradient, tensor_core
 from numba_fused.backward.operands import Operands as CallOperands
 from numba_fused.backward.operands import Wanted
 from numba_fused.device.cubins import describe
@@ -320,6 +320,24 @@ def test_only_what_is_wanted_is_launched() -> None:
         some = gradients(call, wanted=wanted, simulator=simulator)
         assert bits(some) == bits([g if w else None for g, w in zip(every, wanted, strict=True)])
         assert last.intersection(launched(simulator)) == needs
+
+
+@pytest.mark.parametrize(("processors", "planes"), [(1, 5), (2, 3)])
+def test_planes_of_a_block_change_no_bit(
+    processors: int, planes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of dx walk over one plane where the GPU is empty, over more where it is full."""
+    operands = random_operands((1, 2, 5, 3, 6), (4, 2, 3, 2, 3))
+    spec = spec_for(operands, num_groups=2, padding=1, **TRAINING)
+    call = spec, operands, random_gradient(spec, operands)
+    found = gradients(call)
+    monkeypatch.setattr(input_gradient, "RESIDENT_BLOCKS", processors)
+    monkeypatch.setattr(tensor_core, "backward_plan", tensor_core.BackwardPlan)
+    simulator = Simulator()
+    assert bits(gradients(call, simulator=simulator)) == bits(found)
+    (launch,) = (one for one in simulator.launches if one.kernel == "input_gradient")
+    assert launch.grid == (-(-5 // planes), 1, 1)
+    assert_accurate(found, *call)
 
 
 @BOTH_WAYS

@@ -42,6 +42,7 @@ from numba_fused.backward.input_gradient import (
     InputTile,
     input_gradient_kernel,
     pack_kernel,
+    quickest_tile,
 )
 from numba_fused.backward.input_gradient import THREADS as INPUT_THREADS
 from numba_fused.backward.operands import Operands, Wanted, sum_over_samples
@@ -76,7 +77,6 @@ if TYPE_CHECKING:
 least_capability = LEAST_CAPABILITY
 MOST_DZ_BYTES = 128 * 2**20  # of a run of samples
 MOST_CHANNELS = 1024  # of the output, whose sums `means_kernel` holds in shared memory
-ENOUGH_BLOCKS = 2 * 132  # a GPU's processors should have two each
 OTHER_SHARED_BYTES = 8 * 1024  # what the system takes, and arrays of fixed size
 ORIGINAL = (1, 1, 1)
 SUM_THREADS = 256
@@ -171,9 +171,7 @@ class BackwardPlan:
         sample_bytes = 4 * self.sample_words * (2 if shape.split else 1)
         runs = -(-spec.batch // max(1, MOST_DZ_BYTES // sample_bytes))
         self.samples = -(-spec.batch // runs)
-        whole = InputTile(shape, shape.in_size[0])
-        splits = min(shape.in_size[0], -(-ENOUGH_BLOCKS // whole.blocks(self.samples)))
-        self.input_tile = InputTile(shape, -(-shape.in_size[0] // splits))
+        self.input_tile = quickest_tile(shape, self.samples)
         self.resident_blocks = resident_blocks(shape)
         planes = spec.batch * spec.out_channels
         self.chain_record_words = RECORD_WORDS * planes * self.tile_positions
