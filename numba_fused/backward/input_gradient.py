@@ -15,7 +15,10 @@ take turns: they are packed in ``kernel_d`` orders.
 
 B is what lies in memory: a position's eight words are 16 channels, and a lane takes two of them.
 
-Launch: a kernel that packs; then a block for each (sample, some planes, 8 rows, up to 64 columns).
+A warp has eight patches of 8 columns, as many of them one below the other as there are rows: what
+it loads of a row of dz serves three rows of taps, each for another row of dx.
+
+Launch: a kernel that packs; then a block for each (sample, some planes, 512 rows and columns).
 Shapes: dz of a run of samples as in `chain_tiles`, dx (N, C, D, H, W).
 Bytes:  dz once and what tiles share of it, dx once.
 """
@@ -25,6 +28,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import product
 from typing import Any
 
 from numba import cuda, float32, int32, int64, uint32, uint64
@@ -41,11 +45,12 @@ from numba_fused.device.tensor_tile import (
 )
 from numba_fused.device.tile_shape import CHANNELS, TileShape
 
-WARPS = 8  # a row of the tile each
+WARPS = 8
 THREADS = WARPS * WARP
 COLUMNS = 8  # of one matrix instruction
-MOST_COLUMNS = 64
-MOST_ROW_GROUPS = 2  # of 16 rows of A, whose sums of 64 columns a lane holds in 32 registers each
+PATCHES = 8  # of so many columns of a row each, that a warp has
+MOST_ROW_GROUPS = 2  # of 16 rows of A, whose sums of all patches a lane holds in 32 registers each
+TAP_ROWS = 3  # whose A a lane holds at once: they share what it loads of dz
 LANE_WORDS = 4 * WARP  # of A
 LANE_POSITIONS = WARP // 2  # that a warp copies at once
 RESIDENT_BLOCKS = 2 * 132  # of an H200
@@ -76,26 +81,63 @@ class InputTile:
         """Sets of 16 rows of A."""
         return -(-self.rows // CHANNELS)
 
+    @cached_property
+    def patch_rows(self) -> int:
+        """Rows of a warp's patches: many, for neighbouring rows share most rows of dz."""
+        return self._arrangement[0]
+
+    @cached_property
+    def column_warps(self) -> int:
+        """Warps side by side along w."""
+        return self._arrangement[1]
+
+    @cached_property
+    def _arrangement(self) -> tuple[int, int]:
+        """Rows of a warp and warps along w: the fewest tiles, then the fewest loads and copies."""
+        _, in_h, in_w = self.shape.in_size
+        _, kernel_h, kernel_w = self.shape.kernel_size
+
+        def work(arrangement: tuple[int, int]) -> tuple[int, int, int]:
+            patch_rows, column_warps = arrangement
+            rows = patch_rows * WARPS // column_warps
+            columns = COLUMNS * PATCHES // patch_rows * column_warps
+            loads = (patch_rows + kernel_h - 1) * PATCHES // patch_rows
+            copies = (rows + kernel_h - 1) * -(-(columns + kernel_w - 1) // LANE_POSITIONS)
+            return -(-in_h // rows) * -(-in_w // columns), loads, copies
+
+        sizes = (1, 2, 4, 8)
+        return min(product(sizes, sizes), key=work)
+
     @property
-    def column_groups(self) -> int:
-        """Matrix instructions that cover a row of the tile."""
-        return -(-min(self.shape.in_size[2], MOST_COLUMNS) // COLUMNS)
+    def tile_rows(self) -> int:
+        """Rows of dx that a block works on at once."""
+        return self.patch_rows * WARPS // self.column_warps
+
+    @property
+    def warp_columns(self) -> int:
+        """Columns of a warp's patches."""
+        return COLUMNS * PATCHES // self.patch_rows
+
+    @property
+    def tile_columns(self) -> int:
+        """Columns of dx that a block works on."""
+        return self.warp_columns * self.column_warps
 
     @property
     def tiles(self) -> tuple[int, int, int]:
         """Blocks of a sample along (d, h, w)."""
         d, h, w = self.shape.in_size
-        return -(-d // self.planes), -(-h // WARPS), -(-w // (COLUMNS * self.column_groups))
+        return -(-d // self.planes), -(-h // self.tile_rows), -(-w // self.tile_columns)
 
     @property
     def staged_rows(self) -> int:
         """Rows of dz under a tile."""
-        return WARPS + self.shape.kernel_size[1] - 1
+        return self.tile_rows + self.shape.kernel_size[1] - 1
 
     @property
     def staged_columns(self) -> int:
         """Columns of dz under a tile."""
-        return COLUMNS * self.column_groups + self.shape.kernel_size[2] - 1
+        return self.tile_columns + self.shape.kernel_size[2] - 1
 
     @property
     def stage_words(self) -> int:
@@ -215,7 +257,9 @@ def input_gradient_kernel(tile: InputTile) -> Any:
     kernel_d, kernel_h, kernel_w = shape.kernel_size
     padding_d, padding_h, padding_w = shape.padding
     channel_groups, row_groups = shape.packed_tiles, tile.row_groups
-    column_groups, planes = tile.column_groups, tile.planes
+    planes, patch_rows, column_warps = tile.planes, tile.patch_rows, tile.column_warps
+    tile_rows, warp_columns, tile_columns = tile.tile_rows, tile.warp_columns, tile.tile_columns
+    row_patches = PATCHES // patch_rows
     plane_tiles, row_tiles, column_tiles = tile.tiles
     staged_rows, staged_columns = tile.staged_rows, tile.staged_columns
     staged_positions, stage_words = staged_rows * staged_columns, tile.stage_words
@@ -224,9 +268,10 @@ def input_gradient_kernel(tile: InputTile) -> Any:
     parts = 2 if split else 1
     set_words = row_groups * parts * LANE_WORDS
     tap_words = channel_groups * set_words
-    group_sums = column_groups * 4
+    row_of_sets, group_sums = kernel_w * tap_words, 4 * PATCHES
+    tap_words_held = 4 * parts * TAP_ROWS
     accumulators = row_groups * group_sums
-    columns = COLUMNS * column_groups
+    all_exist = in_h % tile_rows == 0 and in_w % tile_columns == 0
 
     @cuda.jit(device=True)
     def stage(dz, words, target, sample, plane, channel_group, first_h, first_w):
@@ -255,82 +300,134 @@ def input_gradient_kernel(tile: InputTile) -> Any:
             to = int32(to + WARPS * staged_columns * POSITION_WORDS)
 
     @cuda.jit(device=True)
-    def add_plane(acc, words, target, packed, first_set):
-        """Add what a staged tile of 16 channels brings to the planes of dx above it."""
-        row, lane = divide(int32(ptx.thread_index()), WARP)
-        column, pair = divide(lane, 4)
-        base = int32(int32(row * staged_columns + column) * POSITION_WORDS + 2 * pair)
-        base = int32(base + target)
-        at = int64(first_set) * set_words + 4 * lane
-        sums = cuda.local.array(group_sums, float32)  # see tile_shape.LONGEST_CHAIN
-        for _ in range(kernel_h):
-            for group in range(row_groups):
-                if split:
-                    for i in range(group_sums):
-                        sums[i] = float32(0)
-                for tap_column in range(kernel_w):
-                    cuda.syncwarp()  # or the compiler loads far ahead and registers run out
-                    set_at = uint64(at + tap_column * tap_words + group * parts * LANE_WORDS)
-                    a = ptx.load_4(packed, set_at)
-                    a_rest = ptx.load_4(packed, set_at + uint64(LANE_WORDS)) if split else a
-                    first = int32(base + tap_column * POSITION_WORDS)
-                    for i in range(column_groups):
-                        word = uint64(int32(first + i * (COLUMNS * POSITION_WORDS)))
-                        b = ptx.load_2(words, word)
-                        if split:
-                            multiply_halves(sums, 4 * i, a_rest, b)
-                            b_rest = ptx.load_2(words, word + uint64(rest_words))
-                            multiply_halves(sums, 4 * i, a, b_rest)
-                            multiply_halves(sums, 4 * i, a, b)
-                        else:
-                            multiply_halves(acc, group * group_sums + 4 * i, a, b)
-                if split:
-                    for i in range(group_sums):
-                        acc[group * group_sums + i] += sums[i]
-            at += kernel_w * tap_words
-            base = int32(base + staged_columns * POSITION_WORDS)
+    def warp_place():
+        """The first row and column of this warp in the tile."""
+        row_warp, column_warp = divide(int32(ptx.thread_index() // WARP), column_warps)
+        return int32(row_warp * patch_rows), int32(column_warp * warp_columns)
 
     @cuda.jit(device=True)
-    def finish_plane(acc, grad_x, unscale, factor, n, slot, plane, writes, first_h, first_w):
+    def tap_of(a, i):
+        """Four words of A."""
+        return a[4 * i], a[4 * i + 1], a[4 * i + 2], a[4 * i + 3]
+
+    @cuda.jit(device=True)
+    def no_rows(sums, first_sum, words, base, packed, at):
+        """Below the last row of taps."""
+
+    def rows_of_taps(first_tap: int) -> Any:
+        """What all rows of taps from one on add, a few at a time."""
+        taps = min(TAP_ROWS, kernel_h - first_tap)
+        below = rows_of_taps(first_tap + taps) if first_tap + taps < kernel_h else no_rows
+
+        @cuda.jit(device=True)
+        def add_rows(sums, first_sum, words, base, packed, at):
+            """Add them to the sums of all patches; a word of dz is loaded once for all taps."""
+            a = cuda.local.array(tap_words_held, uint32)
+            cuda.syncwarp()  # or the compiler loads far ahead and registers run out
+            for i in range(taps):
+                for part in range(parts):
+                    word = uint64(at + ((first_tap + i) * row_of_sets + part * LANE_WORDS))
+                    first = 4 * (parts * i + part)
+                    a[first], a[first + 1], a[first + 2], a[first + 3] = ptx.load_4(packed, word)
+            for row in range(patch_rows + taps - 1):
+                for patch in range(row_patches):
+                    of_row = (first_tap + row) * staged_columns + patch * COLUMNS
+                    word = uint64(int32(base + of_row * POSITION_WORDS))
+                    b = ptx.load_2(words, word)
+                    b_rest = ptx.load_2(words, word + uint64(rest_words)) if split else b
+                    for i in range(taps):
+                        if 0 <= row - i < patch_rows:
+                            to = first_sum + 4 * ((row - i) * row_patches + patch)
+                            if split:
+                                multiply_halves(sums, to, tap_of(a, 2 * i + 1), b)
+                                multiply_halves(sums, to, tap_of(a, 2 * i), b_rest)
+                                multiply_halves(sums, to, tap_of(a, 2 * i), b)
+                            else:
+                                multiply_halves(sums, to, tap_of(a, i), b)
+            below(sums, first_sum, words, base, packed, at)
+
+        return add_rows
+
+    add_rows = rows_of_taps(0)
+
+    @cuda.jit(device=True)
+    def add_group(acc, group, words, base, packed, at):
+        """What `add_plane` does, for 16 rows of A."""
+        sums = cuda.local.array(group_sums, float32)  # see tile_shape.LONGEST_CHAIN
+        at += group * parts * LANE_WORDS
+        for _ in range(kernel_w):
+            if split:
+                for i in range(group_sums):
+                    sums[i] = float32(0)
+                add_rows(sums, 0, words, base, packed, at)
+                for i in range(group_sums):
+                    acc[group * group_sums + i] += sums[i]
+            else:
+                add_rows(acc, group * group_sums, words, base, packed, at)
+            at += tap_words
+            base = int32(base + POSITION_WORDS)
+
+    @cuda.jit(device=True)
+    def add_plane(acc, words, target, packed, first_set):
+        """Add what a staged tile of 16 channels brings to the planes of dx above it."""
+        row, column = warp_place()
+        position, pair = divide(int32(ptx.lane_index()), 4)
+        base = int32(int32(row * staged_columns + column + position) * POSITION_WORDS + 2 * pair)
+        base = int32(base + target)
+        at = int64(first_set) * set_words + 4 * int32(ptx.lane_index())
+        add_group(acc, 0, words, base, packed, at)
+        if row_groups == MOST_ROW_GROUPS:
+            add_group(acc, 1, words, base, packed, at)
+
+    @cuda.jit(device=True)
+    def write_pair(grad_x, at, low, high, rows, columns):
+        """Write two neighbours where there are so many rows and columns left."""
+        if in_w % 2 == 0:
+            if all_exist or (rows > 0 and columns > 0):
+                ptx.store_2(grad_x, at, low, high)
+        else:
+            if rows > 0 and columns > 0:
+                grad_x[at] = low
+            if rows > 0 and columns > 1:
+                grad_x[at + uint64(1)] = high
+
+    @cuda.jit(device=True)
+    def finish_plane(acc, grad_x, unscale, factor, n, slot, plane, writes, h, w):
         """Write a complete plane of dx, whose rows are in a slot, and start its rows anew."""
         lane = int32(ptx.lane_index())
-        h = int32(first_h + int32(ptx.thread_index() // WARP))
-        w = int32(first_w + 2 * (lane % 4))
+        w = int32(w + 2 * (lane % 4))
         for half in range(2 * row_groups):
             row = int32(lane // 4 + 8 * half)
             of_slot, c = divide(row, in_channels)
-            first = 4 * (half // 2 * column_groups) + half % 2 * 2
+            first = half // 2 * group_sums + half % 2 * 2
             if of_slot == slot and writes:
                 scale = factor * unscale[uint64(row)]
                 index = (int64(n) * in_channels + c) * in_d + plane
                 index = (index * in_h + h) * in_w + w
-                for i in range(column_groups):
-                    column = int32(w + COLUMNS * i)
+                for i in range(PATCHES):
+                    r, column = i // row_patches, i % row_patches * COLUMNS
                     low, high = acc[first + 4 * i] * scale, acc[first + 4 * i + 1] * scale
-                    at = uint64(index + COLUMNS * i)
-                    if in_w % 2 == 0:
-                        if in_w % columns == 0 or column < in_w:
-                            ptx.store_2(grad_x, at, low, high)
-                    else:
-                        if column < in_w:
-                            grad_x[at] = low
-                        if column + 1 < in_w:
-                            grad_x[at + uint64(1)] = high
-            for i in range(column_groups):
+                    at = uint64(index + (r * in_w + column))
+                    rows, columns = int32(in_h - h - r), int32(in_w - w - column)
+                    write_pair(grad_x, at, low, high, rows, columns)
+            for i in range(PATCHES):
                 for e in range(2):
                     value = acc[first + 4 * i + e]
                     acc[first + 4 * i + e] = float32(0) if of_slot == slot else value
 
     @cuda.jit(launch_bounds=(THREADS, 2))
     def input_gradient(dz, rest, packed, unscale, scales, grad_x, first_sample):
-        """dx of some planes, 8 rows and up to 64 columns of a sample."""
+        """dx of some planes and a tile of 512 positions of a sample."""
         words = cuda.shared.array(0, uint32)
         acc = cuda.local.array(accumulators, float32)
         tile_of, column_tile = divide(int32(cuda.blockIdx.x), column_tiles)
         tile_of, row_tile = divide(tile_of, row_tiles)
         sample, plane_tile = divide(tile_of, plane_tiles)
         n = int32(first_sample + sample)
-        first_h, first_w = int32(row_tile * WARPS), int32(column_tile * columns)
+        first_h, first_w = int32(row_tile * tile_rows), int32(column_tile * tile_columns)
+        warp_h, warp_w = warp_place()
+        warp_h, warp_w = int32(warp_h + first_h), int32(warp_w + first_w)
+        exists = warp_h < in_h and warp_w < in_w
         factor = power_of_two(int32(254) - scales[2 * n])
         for i in range(accumulators):
             acc[i] = float32(0)
@@ -357,16 +454,15 @@ def input_gradient_kernel(tile: InputTile) -> Any:
                 if split:
                     target = int32(target + rest_words)
                     stage(rest, words, target, sample, next_plane, next_group, first_h, first_w)
-            row_exists = first_h + int32(ptx.thread_index() // WARP) < in_h
             _, slot = divide(int32(plane + kernel_d), kernel_d)
-            if plane >= 0 and plane < out_d and row_exists:
+            if plane >= 0 and plane < out_d and exists:
                 first_set = int32(slot * (kernel_h * kernel_w * channel_groups) + group)
                 add_plane(acc, words, int32(buffer * stage_words), packed, first_set)
             if next_group == 0:
                 complete = int32(plane - padding_d)
-                writes = complete >= first_plane and row_exists
+                writes = complete >= first_plane and exists
                 finish_plane(
-                    acc, grad_x, unscale, factor, n, slot, complete, writes, first_h, first_w
+                    acc, grad_x, unscale, factor, n, slot, complete, writes, warp_h, warp_w
                 )
             group, plane, buffer = next_group, next_plane, int32(1 - buffer)
 
