@@ -63,6 +63,7 @@ CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "columns beyond a tile": ((1, 1, 520), (2, 1, 3), {"num_groups": 1}),
     "rows and columns of warps": ((1, 1, 9, 20), (2, 1, 4, 2), {"num_groups": 1}),
     "two sets of rows": ((1, 7, 4, 2, 4), (4, 7, 3, 2, 1), {}),
+    "rows of taps for two blocks": ((1, 1, 15, 2), (2, 1, 13, 1), {"num_groups": 1}),
     "taps for two blocks": ((1, 12, 3, 10), (2, 12, 3, 3), {"num_groups": 1}),
     "tiles in turn": ((1, 1, 2, 8, 4), (2, 1, 2, 2, 3), {"num_groups": 1, "padding": 1}),
     "aligned copies, kernel 1": ((1, 2, 3, 4), (2, 2, 1, 1), {"num_groups": 1, "padding": 1}),

@@ -4,18 +4,20 @@ As a matrix product with the *positions* of the output, the longest axis there i
 
     dweight[channel, tap] += dz[channel, position] * x[position + tap]
 
-A warp's 16 x 8 instruction takes 16 channels, 8 taps and 16 neighbouring positions of a row. The
+A warp's 16 x 8 instruction takes 16 channels, 8 taps of a row and 16 neighbouring positions. The
 sums of all taps stay in registers for as many positions as a block gets, so dz is read once and
 nothing is written in between. dz lies in memory channels last (`chain_tiles`) and A wants it
 positions last: ``ldmatrix`` transposes it on the way to registers. B wants two neighbouring x in a
 word, from an even column on for taps at even places and from an odd one for others: the words of a
-row are laid out twice, and where rows begin is chosen for the banks of the lanes' eight taps.
+row are laid out twice, and where planes and channels begin is chosen for the banks of the lanes'
+eight taps. A warp holds A of some rows, one below the other: what it loads of a row of x serves
+every row of taps, each with another row of dz.
 
 A block walks along d, so that of the planes of x under a tile all but one are there already: they
 take turns in as many slots as the kernel is deep. While a tile is multiplied, the next one is on
 its way: the raw plane of x to a region of its own, to be laid out when it has arrived, and dz to
-where it will be read. A step's dz belongs to one warp, which has copied it and alone reads it: as
-soon as it is in registers the next tile's may take its place, without a second buffer.
+where it will be read. A row's 16 positions of dz belong to one warp, which has copied them and
+alone reads them: once they are in registers the next tile's may take their place.
 
 Launch: a block for each (rows of a sample, 16 channels, group of taps); each leaves its sums, which
         a second kernel adds up in a fixed order and rids of their scales.
@@ -45,15 +47,14 @@ ROWS = 8  # output rows of a tile
 MOST_COLUMNS = 64
 STEP = 16  # positions of one matrix instruction
 TAPS = 8  # taps of one matrix instruction
-MOST_INSTRUCTIONS = 12  # of a step: their sums are 4 registers each
+MOST_INSTRUCTIONS = 12  # of a step, for all rows of taps: their sums are 4 registers each
 TILES_PER_PART = 8  # at least, along d and h: adding up the warps' sums takes time, too
 SUM_WARPS = 16
-# Where the words of odd columns, the next row, the next channel and the next plane begin, as banks
-# beyond the start of a row, of a channel ... The eight taps of an instruction want four words each:
-# of all places with little between rows, so that two blocks fit an SM, these were found to let
-# common kernels (1 to 5 wide, along one to three axes) have them in fewest turns, 1 to 2.
-BANKS = 32
-ODD_BANK, ROW_BANK, CHANNEL_BANK, SLOT_BANK = 6, 10, 4, 26
+# Where the words of odd columns, the next channel and the next plane begin, as banks beyond the
+# start of a row. The eight taps of an instruction want four words each: of all places these were
+# found to let common kernels have them in fewest turns, 1 to 2 (1.5 for three channels, 3 x 3 x 3).
+BANKS, TAP_WORDS = 32, 4
+ODD_BANK, CHANNEL_BANK, SLOT_BANK = 6, 22, 22
 SUM_WORDS = WARPS * 4 * WARP  # of one matrix instruction, of all warps
 TOTALS_SHAPE = (SUM_WARPS, WARP)
 
@@ -76,27 +77,42 @@ class WeightTile:
     shape: TileShape
 
     @property
-    def taps(self) -> int:
-        """Weights of an output channel."""
-        return self.shape.in_channels * math.prod(self.shape.kernel_size)
+    def row_taps(self) -> int:
+        """Taps of an output channel that lie in the same row."""
+        return self.shape.in_channels * self.shape.kernel_size[0] * self.shape.kernel_size[2]
+
+    @property
+    def row_groups(self) -> int:
+        """How many blocks share the rows of taps of the same positions."""
+        return -(-self.shape.kernel_size[1] // MOST_INSTRUCTIONS)
+
+    @property
+    def tap_rows(self) -> int:
+        """Rows of taps of a block."""
+        return -(-self.shape.kernel_size[1] // self.row_groups)
+
+    @property
+    def column_groups(self) -> int:
+        """How many blocks share the taps of a row."""
+        return -(-self.row_taps // (TAPS * (MOST_INSTRUCTIONS // self.tap_rows)))
+
+    @property
+    def fragments(self) -> int:
+        """Matrix instructions of a step and row of taps: TAPS taps each."""
+        return -(-self.row_taps // (TAPS * self.column_groups))
 
     @property
     def tap_groups(self) -> int:
         """How many blocks share the taps of the same positions."""
-        return -(-self.taps // (TAPS * MOST_INSTRUCTIONS))
-
-    @property
-    def instructions(self) -> int:
-        """Matrix instructions of a step: TAPS taps each."""
-        return -(-self.taps // (TAPS * self.tap_groups))
+        return self.row_groups * self.column_groups
 
     @property
     def channels(self) -> int:
         """Input channels that a group of taps may touch."""
-        if self.tap_groups == 1:
+        if self.column_groups == 1:
             return self.shape.in_channels
-        taps_of_channel = math.prod(self.shape.kernel_size)
-        touched = (self.instructions * TAPS - 2) // taps_of_channel + 2
+        taps_of_channel = self.shape.kernel_size[0] * self.shape.kernel_size[2]
+        touched = (self.fragments * TAPS - 2) // taps_of_channel + 2
         return min(self.shape.in_channels, touched)
 
     @property
@@ -108,7 +124,7 @@ class WeightTile:
     @property
     def in_rows(self) -> int:
         """Rows of x under a tile."""
-        return ROWS + self.shape.kernel_size[1] - 1
+        return ROWS + self.tap_rows - 1
 
     @property
     def staged_rows(self) -> int:
@@ -139,13 +155,15 @@ class WeightTile:
     @property
     def row_words(self) -> int:
         """Words from one row of x to the next: each is there from even and from odd columns on."""
-        words = self.staged_row // 2 + (self.odd_words if self.has_odd else 0)
-        return up_to_bank(words, ROW_BANK) if self.shape.kernel_size[1] > 1 else words
+        return self.staged_row // 2 + (self.odd_words if self.has_odd else 0)
 
     @property
     def channel_words(self) -> int:
-        """Words from one channel of x to the next."""
-        return up_to_bank(self.in_rows * self.row_words, CHANNEL_BANK)
+        """Words from one channel of x to the next; where there are several planes, any will do."""
+        words = self.in_rows * self.row_words
+        if self.shape.kernel_size[0] > 1:
+            return words
+        return up_to_bank(words, CHANNEL_BANK if self.has_odd else TAP_WORDS)
 
     @property
     def slot_words(self) -> int:
@@ -191,9 +209,10 @@ def weight_gradient_kernel(tile: WeightTile) -> Any:
     in_d, in_h, in_w = shape.in_size
     out_d, out_h, out_w = shape.out_size
     kernel_d, kernel_h, kernel_w = shape.kernel_size
-    kernel_plane, kernel_volume = kernel_h * kernel_w, math.prod(shape.kernel_size)
+    channel_taps, taps = kernel_d * kernel_w, in_channels * math.prod(shape.kernel_size)
     padding_d, padding_h, padding_w = shape.padding
-    taps, tap_groups, instructions = tile.taps, tile.tap_groups, tile.instructions
+    row_taps, tap_rows, fragments = tile.row_taps, tile.tap_rows, tile.fragments
+    tap_groups, column_groups = tile.tap_groups, tile.column_groups
     channel_groups, parts = shape.packed_tiles, tile.parts
     position_words = POSITION_WORDS * channel_groups
     part_rows = ROWS * tile.row_tiles
@@ -206,17 +225,19 @@ def weight_gradient_kernel(tile: WeightTile) -> Any:
     has_odd, vector, shift = tile.has_odd, shape.vector, shape.shift
     staged_values, row_vectors = tile.staged_values, tile.staged_row // vector
     row_quads, copies, quads = tile.staged_row // 4, staged_values // vector, staged_values // 4
-    row_warps, accumulators = columns // STEP, 4 * instructions
-    rows_at_once, dz_row = WARPS // row_warps, columns * POSITION_WORDS
-    ring_words = kernel_d * slot_words
+    row_warps, dz_row = columns // STEP, columns * POSITION_WORDS
+    warp_rows, instructions = ROWS * row_warps // WARPS, tap_rows * fragments
+    accumulators, dz_registers = 4 * instructions, 4 * warp_rows * (2 if split else 1)
+    ring_words, parts_of_dz = kernel_d * slot_words, 2 if split else 1
 
     @cuda.jit(device=True)
-    def stage_x(x, staged, sample, first_channel, place):
+    def stage_x(x, staged, sample, first_channel, first_tap_row, place):
         """Start copying the last plane of x under a tile, zeros where there is none.
 
         Those before it have been laid out already.
         """
         plane, first_h, first_w = place
+        first_h = int32(first_h + first_tap_row)
         d = int32(plane + kernel_d - 1 - padding_d)
         item = int32(ptx.thread_index())
         while item < copies:
@@ -276,100 +297,125 @@ def weight_gradient_kernel(tile: WeightTile) -> Any:
 
     @cuda.jit(device=True)
     def warp_place():
-        """The warp's first row of a tile and its 16 columns; its other rows follow."""
-        return divide(divide(int32(ptx.thread_index()), WARP)[0], row_warps)
-
-    @cuda.jit(device=True)
-    def first_copy(sample, channel_group, place):
-        """What a lane copies of its warp's first row: from where, to where, above which row."""
-        plane, first_h, first_w = place
-        row, run = warp_place()
-        position, quad = divide(int32(ptx.lane_index()), 2)  # 16 bytes a lane
-        column = int32(run * STEP + position)
-        at = ((int64(sample) * out_d + plane) * out_h + int32(first_h + row)) * out_w
-        at = (at + int32(first_w + column)) * position_words
-        at += int32(channel_group * POSITION_WORDS + 4 * quad)
-        to = int32(dz_at + swizzled(int32(row * columns + column), quad))
-        return at, to, int32(out_h - first_h) if first_w + column < out_w else int32(0)
-
-    @cuda.jit(device=True)
-    def stage_row(dz, rest, words, at, to, inside):
-        """Start copying a lane's share of a row of dz, zeros where there is no output."""
-        if not inside:
-            at = int64(0)
-        ptx.copy_async_4(words, uint64(to), dz, uint64(at), inside)
-        if split:
-            ptx.copy_async_4(words, uint64(int32(to + dz_words)), rest, uint64(at), inside)
+        """The warp's first row of a tile, which its others follow, and its 16 columns."""
+        rows, run = divide(divide(int32(ptx.thread_index()), WARP)[0], row_warps)
+        return int32(rows * warp_rows), run
 
     @cuda.jit(device=True)
     def stage_dz(dz, rest, words, sample, channel_group, place):
-        """Start copying a warp's share of a tile of dz."""
-        row, _ = warp_place()
-        at, to, end = first_copy(sample, channel_group, place)
-        while row < ROWS:
-            stage_row(dz, rest, words, at, to, row < end)
-            row = int32(row + rows_at_once)
-            at += rows_at_once * out_w * position_words
-            to = int32(to + rows_at_once * dz_row)
+        """Start copying a warp's share of a tile of dz, zeros where there is no output."""
+        plane, first_h, first_w = place
+        row, run = warp_place()
+        position, quad = divide(int32(ptx.lane_index()), 2)  # 16 bytes a lane
+        h, w = int32(first_h + row), int32(first_w + run * STEP + position)
+        at = ((int64(sample) * out_d + plane) * out_h + h) * out_w + w
+        at = at * position_words + int32(channel_group * POSITION_WORDS + 4 * quad)
+        to = int32(dz_at + swizzled(int32(row * columns + run * STEP + position), quad))
+        for i in range(warp_rows):
+            inside = h + i < out_h and w < out_w
+            source = uint64(at + i * (out_w * position_words))
+            ptx.copy_async_4(words, uint64(int32(to + i * dz_row)), dz, source, inside)
+            if split:
+                target = uint64(int32(to + i * dz_row + dz_words))
+                ptx.copy_async_4(words, target, rest, source, inside)
+
+    @cuda.jit(device=True)
+    def load_dz(a, words):
+        """A of the warp's rows: what is rounded, then what is left over."""
+        row, run = warp_place()
+        # Matrices 0 to 3: positions 0-7 and 8-15 in pairs of channels 0-3 and 4-7.
+        matrix, of_matrix = divide(int32(ptx.lane_index()), 8)
+        half, quad = divide(matrix, 2)
+        position = int32(row * columns + run * STEP + half * 8 + of_matrix)
+        at = int32(dz_at + swizzled(position, quad))
+        for i in range(warp_rows):
+            for part in range(parts_of_dz):
+                of_row = uint64(int32(at + i * dz_row + part * dz_words))
+                to = 4 * (parts_of_dz * i + part)
+                a[to], a[to + 1], a[to + 2], a[to + 3] = ptx.load_matrices(words, of_row)
+
+    @cuda.jit(device=True)
+    def dz_of(a, i):
+        """Four words of A."""
+        return a[4 * i], a[4 * i + 1], a[4 * i + 2], a[4 * i + 3]
+
+    @cuda.jit(device=True)
+    def split_tap(tap):
+        """Channel, and taps along d and w, of one of the taps in a row."""
+        channel, of_channel = divide(tap, channel_taps)
+        plane, column = divide(of_channel, kernel_w)
+        return channel, plane, column
 
     @cuda.jit(device=True)
     def tap_offset(first_tap, i):
-        """Words from the first row to that under this lane's tap of instruction i.
+        """Where x under this lane's tap of fragment i lies, for the warp's first positions.
 
         When the block's first plane of x is the last one under a tile, in slot 0.
         """
-        tap = min(
-            int32(first_tap + TAPS * i + divide(int32(ptx.lane_index()), 4)[0]), int32(taps - 1)
-        )
-        channel, of_channel = divide(tap, kernel_volume)
-        plane, of_plane = divide(of_channel, kernel_plane)
+        row, run = warp_place()
+        lane_tap, position = divide(int32(ptx.lane_index()), 4)
+        tap = min(int32(first_tap + TAPS * i + lane_tap), int32(row_taps - 1))
+        channel, plane, column = split_tap(tap)
         slot = int32(plane + 1) if plane + 1 < kernel_d else int32(0)
-        row, column = divide(of_plane, kernel_w)
-        channel = int32(channel - divide(first_tap, kernel_volume)[0])
+        channel = int32(channel - divide(first_tap, channel_taps)[0])
         pair, odd = divide(int32(column + shift), 2)
-        words = int32(slot * slot_words + channel * channel_words)
-        return int32(words + row * row_words + odd * odd_words + pair)
+        words = int32(slot * slot_words + channel * channel_words + row * row_words)
+        return int32(words + odd * odd_words + pair + run * (STEP // 2) + position)
+
+    @cuda.jit(device=True)
+    def no_rows(acc, a, words, offsets, rows):
+        """Below the last row of x."""
+
+    def rows_of_x(row: int) -> Any:
+        """What all rows of x from one on add to the sums."""
+        below = rows_of_x(row + 1) if row + 1 < warp_rows + tap_rows - 1 else no_rows
+
+        @cuda.jit(device=True)
+        def add_rows(acc, a, words, offsets, rows):
+            """Add what a row brings to its rows of taps, if one of the `rows` of dz needs it."""
+            if row < rows + tap_rows - 1:
+                for i in range(fragments):
+                    word = uint64(int32(offsets[i] + row * row_words))
+                    b = words[word], words[word + uint64(4)]
+                    low = word + uint64(low_words)
+                    b_rest = (words[low], words[low + uint64(4)]) if split else b
+                    for tap_row in range(tap_rows):
+                        of_dz = row - tap_row
+                        if 0 <= of_dz < warp_rows:
+                            multiply(acc, 4 * (tap_row * fragments + i), a, of_dz, b, b_rest)
+                below(acc, a, words, offsets, rows)
+
+        return add_rows
+
+    @cuda.jit(device=True)
+    def multiply(acc, to, a, row, b, b_rest):
+        """Add the products of 16 positions."""
+        if split:
+            # Sums of their own: see `tile_shape.LONGEST_CHAIN`.
+            sums = cuda.local.array(4, float32)
+            for q in range(4):
+                sums[q] = float32(0)
+            multiply_halves(sums, 0, dz_of(a, 2 * row + 1), b)
+            multiply_halves(sums, 0, dz_of(a, 2 * row), b_rest)
+            multiply_halves(sums, 0, dz_of(a, 2 * row), b)
+            for q in range(4):
+                acc[to + q] += sums[q]
+        else:
+            multiply_halves(acc, to, dz_of(a, row), b)
+
+    add_rows = rows_of_x(0)
 
     @cuda.jit(device=True)
     def add_tile(acc, words, offsets, dz, rest, sample, channel_group, rows, next_place, continues):
         """Add the products of a tile, and where it `continues` start copying the next one's dz."""
-        row, run = warp_place()
-        # Matrices 0 to 3: positions 0-7 and 8-15 in pairs of channels 0-3 and 4-7.
-        lane = int32(ptx.lane_index())
-        matrix, of_matrix = divide(lane, 8)
-        half, quad = divide(matrix, 2)
-        position = int32(row * columns + run * STEP + half * 8 + of_matrix)
-        a_at = int32(dz_at + swizzled(position, quad))
-        base = int32(row * row_words + run * (STEP // 2) + divide(lane, 4)[1])
-        at, to, end = first_copy(sample, channel_group, next_place)
-        sums = cuda.local.array(4, float32)
-        while row < rows:
-            a = ptx.load_matrices(words, uint64(a_at))
-            a_rest = ptx.load_matrices(words, uint64(int32(a_at + dz_words))) if split else a
-            cuda.syncwarp()  # all lanes' rows have been read
-            if continues:
-                stage_row(dz, rest, words, at, to, row < end)
-            for i in range(instructions):
-                word = uint64(int32(base + offsets[i]))
-                b = words[word], words[word + uint64(4)]
-                if split:
-                    # Sums of their own: see `tile_shape.LONGEST_CHAIN`.
-                    for q in range(4):
-                        sums[q] = float32(0)
-                    low = word + uint64(low_words)
-                    b_rest = words[low], words[low + uint64(4)]
-                    multiply_halves(sums, 0, a_rest, b)
-                    multiply_halves(sums, 0, a, b_rest)
-                    multiply_halves(sums, 0, a, b)
-                    for q in range(4):
-                        acc[4 * i + q] += sums[q]
-                else:
-                    multiply_halves(acc, 4 * i, a, b)
-            row = int32(row + rows_at_once)
-            a_at = int32(a_at + rows_at_once * dz_row)
-            base = int32(base + rows_at_once * row_words)
-            at += rows_at_once * out_w * position_words
-            to = int32(to + rows_at_once * dz_row)
+        a = cuda.local.array(dz_registers, uint32)
+        load_dz(a, words)
+        cuda.syncwarp()  # all lanes' rows have been read
+        if continues:
+            stage_dz(dz, rest, words, sample, channel_group, next_place)
+        first_row, _ = warp_place()
+        if first_row < rows:
+            add_rows(acc, a, words, offsets, int32(rows - first_row))
 
     @cuda.jit(device=True)
     def following(place):
@@ -387,24 +433,28 @@ def weight_gradient_kernel(tile: WeightTile) -> Any:
         """Sums of one part of a sample, 16 channels and a group of taps."""
         words, staged = cuda.shared.array(0, uint32), cuda.shared.array(0, float32)
         acc = cuda.local.array(accumulators, float32)
-        offsets = cuda.local.array(instructions, int32)
+        offsets = cuda.local.array(fragments, int32)
         part, tap_group = divide(int32(cuda.blockIdx.x), tap_groups)
         part, channel_group = divide(part, channel_groups)
         sample, part_of_sample = divide(part, parts)
         n = int32(first_sample + sample)
         x_sample = int64(n) * (in_channels * in_d * in_h * in_w)
-        first_tap = int32(tap_group * (TAPS * instructions))
-        first_channel = int32(first_tap // kernel_volume)
+        row_group, column_group = divide(tap_group, column_groups)
+        first_tap, first_tap_row = (
+            int32(column_group * TAPS * fragments),
+            int32(row_group * tap_rows),
+        )
+        first_channel = int32(first_tap // channel_taps)
         scale = power_of_two(scales[2 * n + 1])
         for i in range(accumulators):
             acc[i] = float32(0)
-        for i in range(instructions):
+        for i in range(fragments):
             offsets[i] = tap_offset(first_tap, i)
 
         h = int32(part_of_sample * part_rows)
         stop = min(int32(h + part_rows), int32(out_h))
         place = first_plane, h, int32(0)
-        stage_x(x, staged, x_sample, first_channel, place)
+        stage_x(x, staged, x_sample, first_channel, first_tap_row, place)
         if kernel_d == 1:
             stage_dz(dz, rest, words, sample, channel_group, place)
         slot = int32(0)
@@ -416,7 +466,7 @@ def weight_gradient_kernel(tile: WeightTile) -> Any:
             next_place = following(place)
             exists = next_place[1] < stop
             if exists:
-                stage_x(x, staged, x_sample, first_channel, next_place)
+                stage_x(x, staged, x_sample, first_channel, first_tap_row, next_place)
             continues = exists and next_place[0] >= 0
             if place[0] >= 0:
                 rows = min(int32(out_h - place[1]), int32(ROWS))
@@ -435,7 +485,7 @@ def weight_gradient_kernel(tile: WeightTile) -> Any:
             elif continues:
                 stage_dz(dz, rest, words, sample, channel_group, next_place)
             slot = int32(slot + 1) if slot + 1 < kernel_d else int32(0)
-            for i in range(instructions):  # each plane of x is in the next slot
+            for i in range(fragments):  # each plane of x is in the next slot
                 # Unsigned, a number below zero is larger than any other.
                 offset = uint32(offsets[i] + slot_words)
                 offsets[i] = int32(min(offset, uint32(offset - ring_words)))
@@ -454,8 +504,12 @@ def weight_gradient_kernel(tile: WeightTile) -> Any:
                 # Rows of A are the halves of a position in order: channels 0, 8, 1, 9 ...
                 row = int32(lane // 4 + warp // 2 * 8)
                 k = int32(channel_group * CHANNELS + row // 2 + row % 2 * 8)
-                tap = int32(first_tap + TAPS * i + 2 * (lane % 4) + warp % 2)
-                if k < out_channels and tap < taps:
+                tap_row = int32(first_tap_row + i // fragments)
+                tap = int32(first_tap + i % fragments * TAPS + 2 * (lane % 4) + warp % 2)
+                if k < out_channels and tap < row_taps and tap_row < kernel_h:
+                    channel, plane, column = split_tap(tap)
+                    of_channel = int32(int32(plane * kernel_h + tap_row) * kernel_w + column)
+                    tap = int32(channel * (channel_taps * kernel_h) + of_channel)
                     at = int64(part) + int64(first_sample) * parts
                     partial[uint64((at * out_channels + k) * taps + tap)] = total
             cuda.syncthreads()
