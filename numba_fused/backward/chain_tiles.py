@@ -95,6 +95,7 @@ def chain_kernels(shape: TileShape) -> ChainKernels:
     unscale_at, split, chunk_channels = shape.unscale_at, shape.split, shape.channel_warps
     out_row, channel_stride = shape.out_row, shape.channel_stride
     in_pairs = out_row % 2 == 0 and out_w % 2 == 0
+    sure_columns = shape.sure_columns if out_channels % CHANNELS == 0 else 0
     position_words = POSITION_WORDS * shape.packed_tiles
     group_size = group_channels * out_d * out_plane
     share_of_group, root_of_group = 1 / group_size, float32(math.sqrt(group_size))
@@ -146,16 +147,17 @@ def chain_kernels(shape: TileShape) -> ChainKernels:
         return int32(first + column_warp * COLUMNS)
 
     @cuda.jit(device=True)
-    def load_pair(staged, at, columns):
-        """Two neighbours of a staged row; zero beyond the last of its columns."""
+    def load_pair(staged, at, column, columns):
+        """Two neighbours of a staged row, at a column; zero beyond the last of its columns."""
         first, second = float32(0), float32(0)
-        if columns > 0:
-            if in_pairs:
+        if in_pairs:
+            if column < sure_columns or column < columns:
                 first, second = ptx.load_2(staged, uint64(at))
-            else:
+        else:
+            if column < sure_columns or column < columns:
                 first = staged[uint64(at)]
-                if columns > 1:
-                    second = staged[uint64(at + 1)]
+            if column + 1 < sure_columns or column + 1 < columns:
+                second = staged[uint64(at + 1)]
         return first, second
 
     @cuda.jit(device=True)
@@ -230,7 +232,7 @@ def chain_kernels(shape: TileShape) -> ChainKernels:
             if row < rows:  # a branch, or all loads come first, and registers run out
                 at = int32(staged_row(row) + half * (8 * channel_stride))
                 for j in range(0, COLUMNS, 2):
-                    pair = load_pair(staged, int32(at + j), int32(inside - j))
+                    pair = load_pair(staged, int32(at + j), j, inside)
                     for e in range(2):
                         xhat = acc[4 * (j + e) + 2 * half + r]
                         h = xhat * slope + start
@@ -447,10 +449,10 @@ def chain_kernels(shape: TileShape) -> ChainKernels:
             if row < rows:
                 at = int32(staged_row(row) + half * (8 * channel_stride))
                 for j in range(0, COLUMNS, 2):
-                    pair = load_pair(staged, int32(at + j), int32(inside - j))
+                    pair = load_pair(staged, int32(at + j), j, inside)
                     for e in range(2):
                         i = 4 * (j + e) + 2 * half + r
-                        value = -(acc[i] * from_variance + from_mean)
+                        value = float32(-from_mean - acc[i] * from_variance)
                         if uint32(bits & uint32(1 << (COLUMNS * r + j + e))) != uint32(0):
                             value += pair[e] * slope
                         if j + e >= inside:

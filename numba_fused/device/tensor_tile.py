@@ -232,9 +232,8 @@ def tile_functions(shape: TileShape) -> TileFunctions:
 
     staged_input_at = shape.staged_input_at
     run_values, whole_rows, out_row = shape.store, shape.whole_rows, shape.out_row
-    # Positions along w that every warp has; its last columns of warps may lie outside altogether.
-    sure_columns = max(0, out_w - COLUMNS * (column_warps - 1)) if whole_rows else 0
-    even_rows, channel_stride = out_row % 2 == 0, shape.channel_stride
+    sure_columns, channel_stride = shape.sure_columns, shape.channel_stride
+    even_rows = out_row % 2 == 0
     bulk_store = shape.bulk_store
     streams_per_row = -(-out_w // COLUMNS)
     streams_per_channel = out_d * out_h * streams_per_row

@@ -407,6 +407,12 @@ class TileShape:
         return self.channels * self.channel_stride
 
     @property
+    def sure_columns(self) -> int:
+        """Positions along w that every warp has; a tile's last columns may lie outside."""
+        beside = COLUMNS * (self.column_warps - 1)
+        return max(0, self.out_size[2] - beside) if self.whole_rows else 0
+
+    @property
     def staged_input_at(self) -> int:
         """Values before the region that stages the input: words; later, unless parked, output."""
         return round_up(self.words if self.parked else max(self.words, self.output_values), 4)
