@@ -688,9 +688,10 @@ errors.map("{:.1e}".format)
 # the 16 in the middle. What goes where?
 #
 # * `dweight` has few elements and long sums, so the *positions* go in the middle: 16 channels of
-#   `dz` at 16 positions, times `x` at these positions under 8 taps. The sums of all taps stay in
-#   registers while a warp goes through its positions: `dz` is read once, and nothing is written on
-#   the way.
+#   `dz` at 16 positions, times `x` at these positions under 8 taps of a row. The sums of all taps
+#   stay in registers while a warp goes through its positions: `dz` is read once, and nothing is
+#   written on the way. A warp has several rows of `dz`, one below the other: a row of `x` that it
+#   loads from shared memory serves each row of taps, with another row of `dz`.
 # * `dx` has many elements. The channels of `dz` go in the middle, 8 positions are the columns, and
 #   the rows could be the input channels. The benchmark has 3 of those, and 13 rows would be for
 #   nothing. But a plane of `dz` feeds as many planes of `dx` as the kernel is deep. So a row is a
@@ -706,7 +707,8 @@ predicted_share = 3 / 16
 tile = tile_shape(case, tensor_core.kind(case))
 input_tile, weight_tile = tensor_core.InputTile(tile, planes=1), tensor_core.WeightTile(tile)
 compare(predicted_share, input_tile.rows / (16 * input_tile.row_groups), "of the rows")
-print(f"dweight: {weight_tile.taps} taps in {weight_tile.instructions} instructions of 8")
+instructions = weight_tile.fragments * weight_tile.tap_rows
+print(f"dweight: {weight_tile.row_taps} taps a row, 8 an instruction: {instructions} for all rows")
 
 # %% [markdown]
 # And on a real GPU? There autograd uses this variant where the convolution is narrow. Where it is
