@@ -15,10 +15,10 @@ take turns: they are packed in ``kernel_d`` orders.
 
 B is what lies in memory: a position's eight words are 16 channels, and a lane takes two of them.
 
-A warp has eight patches of 8 columns, as many of them one below the other as there are rows: what
+A warp has up to eight patches of 8 columns, one below the other where there are rows: what
 it loads of a row of dz serves three rows of taps, each for another row of dx.
 
-Launch: a kernel that packs; then a block for each (sample, some planes, 512 rows and columns).
+Launch: a kernel that packs; then a block for each (sample, some planes, at most 512 positions).
 Shapes: dz of a run of samples as in `chain_tiles`, dx (N, C, D, H, W).
 Bytes:  dz once and what tiles share of it, dx once.
 """
@@ -43,17 +43,23 @@ from numba_fused.device.tensor_tile import (
     power_of_two,
     scale_exponent,
 )
-from numba_fused.device.tile_shape import CHANNELS, TileShape
+from numba_fused.device.tile_shape import (
+    CHANNELS,
+    PROCESSOR_SHARED_BYTES,
+    SYSTEM_SHARED_BYTES,
+    TileShape,
+)
 
 WARPS = 8
 THREADS = WARPS * WARP
 COLUMNS = 8  # of one matrix instruction
-PATCHES = 8  # of so many columns of a row each, that a warp has
+MOST_PATCHES = 8  # of so many columns of a row each, that a warp has
 MOST_ROW_GROUPS = 2  # of 16 rows of A, whose sums of all patches a lane holds in 32 registers each
 TAP_ROWS = 3  # whose A a lane holds at once: they share what it loads of dz
 LANE_WORDS = 4 * WARP  # of A
 LANE_POSITIONS = WARP // 2  # that a warp copies at once
 RESIDENT_BLOCKS = 2 * 132  # of an H200
+BLOCK_SHARED_BYTES = PROCESSOR_SHARED_BYTES // 2 - SYSTEM_SHARED_BYTES
 
 
 @dataclass(frozen=True)
@@ -81,32 +87,46 @@ class InputTile:
         """Sets of 16 rows of A."""
         return -(-self.rows // CHANNELS)
 
-    @cached_property
-    def patch_rows(self) -> int:
-        """Rows of a warp's patches: many, for neighbouring rows share most rows of dz."""
+    @property
+    def patches(self) -> int:
+        """Patches of a warp: of 8 columns of a row each."""
         return self._arrangement[0]
 
-    @cached_property
-    def column_warps(self) -> int:
-        """Warps side by side along w."""
+    @property
+    def patch_rows(self) -> int:
+        """Rows of a warp's patches: many, for neighbouring rows share most rows of dz."""
         return self._arrangement[1]
 
+    @property
+    def column_warps(self) -> int:
+        """Warps side by side along w."""
+        return self._arrangement[2]
+
     @cached_property
-    def _arrangement(self) -> tuple[int, int]:
-        """Rows of a warp and warps along w: the fewest tiles, then the fewest loads and copies."""
+    def _arrangement(self) -> tuple[int, int, int]:
+        """Patches, rows of patches, warps along w: those with the least work for all tiles.
+
+        Work is what a warp does for a column of taps: matrix instructions, loads, its share of
+        the copies, and about ten other instructions. Two blocks should have room on an SM.
+        """
         _, in_h, in_w = self.shape.in_size
         _, kernel_h, kernel_w = self.shape.kernel_size
+        position_bytes = 2 * 4 * POSITION_WORDS * (2 if self.shape.split else 1)
 
-        def work(arrangement: tuple[int, int]) -> tuple[int, int, int]:
-            patch_rows, column_warps = arrangement
+        def work(arrangement: tuple[int, int, int]) -> tuple[bool, float]:
+            patches, patch_rows, column_warps = arrangement
             rows = patch_rows * WARPS // column_warps
-            columns = COLUMNS * PATCHES // patch_rows * column_warps
-            loads = (patch_rows + kernel_h - 1) * PATCHES // patch_rows
-            copies = (rows + kernel_h - 1) * -(-(columns + kernel_w - 1) // LANE_POSITIONS)
-            return -(-in_h // rows) * -(-in_w // columns), loads, copies
+            columns = COLUMNS * patches // patch_rows * column_warps
+            staged_rows, staged_columns = rows + kernel_h - 1, columns + kernel_w - 1
+            loads = (patch_rows + kernel_h - 1) * patches // patch_rows
+            copies = staged_rows * -(-staged_columns // LANE_POSITIONS) / WARPS
+            tiles = -(-in_h // rows) * -(-in_w // columns)
+            alone = staged_rows * staged_columns * position_bytes > BLOCK_SHARED_BYTES
+            return alone, tiles * (patches * kernel_h + loads + copies + 10)
 
-        sizes = (1, 2, 4, 8)
-        return min(product(sizes, sizes), key=work)
+        sizes = (MOST_PATCHES, 4, 2, 1)
+        arrangements = [(p, r, c) for p, r, c in product(sizes, sizes, sizes) if r <= p]
+        return min(arrangements, key=work)
 
     @property
     def tile_rows(self) -> int:
@@ -116,7 +136,7 @@ class InputTile:
     @property
     def warp_columns(self) -> int:
         """Columns of a warp's patches."""
-        return COLUMNS * PATCHES // self.patch_rows
+        return COLUMNS * self.patches // self.patch_rows
 
     @property
     def tile_columns(self) -> int:
@@ -259,7 +279,8 @@ def input_gradient_kernel(tile: InputTile) -> Any:
     channel_groups, row_groups = shape.packed_tiles, tile.row_groups
     planes, patch_rows, column_warps = tile.planes, tile.patch_rows, tile.column_warps
     tile_rows, warp_columns, tile_columns = tile.tile_rows, tile.warp_columns, tile.tile_columns
-    row_patches = PATCHES // patch_rows
+    patches = tile.patches
+    row_patches = patches // patch_rows
     plane_tiles, row_tiles, column_tiles = tile.tiles
     staged_rows, staged_columns = tile.staged_rows, tile.staged_columns
     staged_positions, stage_words = staged_rows * staged_columns, tile.stage_words
@@ -268,7 +289,7 @@ def input_gradient_kernel(tile: InputTile) -> Any:
     parts = 2 if split else 1
     set_words = row_groups * parts * LANE_WORDS
     tap_words = channel_groups * set_words
-    row_of_sets, group_sums = kernel_w * tap_words, 4 * PATCHES
+    row_of_sets, group_sums = kernel_w * tap_words, 4 * patches
     tap_words_held = 4 * parts * TAP_ROWS
     accumulators = row_groups * group_sums
     all_exist = in_h % tile_rows == 0 and in_w % tile_columns == 0
@@ -404,20 +425,20 @@ def input_gradient_kernel(tile: InputTile) -> Any:
                 scale = factor * unscale[uint64(row)]
                 index = (int64(n) * in_channels + c) * in_d + plane
                 index = (index * in_h + h) * in_w + w
-                for i in range(PATCHES):
+                for i in range(patches):
                     r, column = i // row_patches, i % row_patches * COLUMNS
                     low, high = acc[first + 4 * i] * scale, acc[first + 4 * i + 1] * scale
                     at = uint64(index + (r * in_w + column))
                     rows, columns = int32(in_h - h - r), int32(in_w - w - column)
                     write_pair(grad_x, at, low, high, rows, columns)
-            for i in range(PATCHES):
+            for i in range(patches):
                 for e in range(2):
                     value = acc[first + 4 * i + e]
                     acc[first + 4 * i + e] = float32(0) if of_slot == slot else value
 
     @cuda.jit(launch_bounds=(THREADS, 2))
     def input_gradient(dz, rest, packed, unscale, scales, grad_x, first_sample):
-        """dx of some planes and a tile of 512 positions of a sample."""
+        """dx of some planes and a tile of rows and columns of a sample."""
         words = cuda.shared.array(0, uint32)
         acc = cuda.local.array(accumulators, float32)
         tile_of, column_tile = divide(int32(cuda.blockIdx.x), column_tiles)
