@@ -332,7 +332,7 @@ def input_gradient_kernel(tile: InputTile) -> Any:
         return a[4 * i], a[4 * i + 1], a[4 * i + 2], a[4 * i + 3]
 
     @cuda.jit(device=True)
-    def no_rows(sums, first_sum, words, base, packed, at):
+    def no_rows(acc, first_sum, words, base, packed, at):
         """Below the last row of taps."""
 
     def rows_of_taps(first_tap: int) -> Any:
@@ -341,15 +341,19 @@ def input_gradient_kernel(tile: InputTile) -> Any:
         below = rows_of_taps(first_tap + taps) if first_tap + taps < kernel_h else no_rows
 
         @cuda.jit(device=True)
-        def add_rows(sums, first_sum, words, base, packed, at):
+        def add_rows(acc, first_sum, words, base, packed, at):
             """Add them to the sums of all patches; a word of dz is loaded once for all taps."""
             a = cuda.local.array(tap_words_held, uint32)
+            sums = cuda.local.array(group_sums, float32)  # see tile_shape.LONGEST_CHAIN
             cuda.syncwarp()  # or the compiler loads far ahead and registers run out
             for i in range(taps):
                 for part in range(parts):
                     word = uint64(at + ((first_tap + i) * row_of_sets + part * LANE_WORDS))
                     first = 4 * (parts * i + part)
                     a[first], a[first + 1], a[first + 2], a[first + 3] = ptx.load_4(packed, word)
+            if split:
+                for i in range(group_sums):
+                    sums[i] = float32(0)
             for row in range(patch_rows + taps - 1):
                 for patch in range(row_patches):
                     of_row = (first_tap + row) * staged_columns + patch * COLUMNS
@@ -358,14 +362,17 @@ def input_gradient_kernel(tile: InputTile) -> Any:
                     b_rest = ptx.load_2(words, word + uint64(rest_words)) if split else b
                     for i in range(taps):
                         if 0 <= row - i < patch_rows:
-                            to = first_sum + 4 * ((row - i) * row_patches + patch)
+                            to = 4 * ((row - i) * row_patches + patch)
                             if split:
                                 multiply_halves(sums, to, tap_of(a, 2 * i + 1), b)
                                 multiply_halves(sums, to, tap_of(a, 2 * i), b_rest)
                                 multiply_halves(sums, to, tap_of(a, 2 * i), b)
                             else:
-                                multiply_halves(sums, to, tap_of(a, i), b)
-            below(sums, first_sum, words, base, packed, at)
+                                multiply_halves(acc, first_sum + to, tap_of(a, i), b)
+            if split:
+                for i in range(group_sums):
+                    acc[first_sum + i] += sums[i]
+            below(acc, first_sum, words, base, packed, at)
 
         return add_rows
 
@@ -374,17 +381,9 @@ def input_gradient_kernel(tile: InputTile) -> Any:
     @cuda.jit(device=True)
     def add_group(acc, group, words, base, packed, at):
         """What `add_plane` does, for 16 rows of A."""
-        sums = cuda.local.array(group_sums, float32)  # see tile_shape.LONGEST_CHAIN
         at += group * parts * LANE_WORDS
         for _ in range(kernel_w):
-            if split:
-                for i in range(group_sums):
-                    sums[i] = float32(0)
-                add_rows(sums, 0, words, base, packed, at)
-                for i in range(group_sums):
-                    acc[group * group_sums + i] += sums[i]
-            else:
-                add_rows(acc, group * group_sums, words, base, packed, at)
+            add_rows(acc, group * group_sums, words, base, packed, at)
             at += tap_words
             base = int32(base + POSITION_WORDS)
 
