@@ -42,8 +42,8 @@ from numba_fused.device.tensor_tile import (
     PLANE,
     ROW,
     SAMPLE,
-    SCALE,
     TILE,
+    last_scale,
     power_of_two,
     record_loader,
     scale_exponent,
@@ -82,7 +82,7 @@ def chain_kernels(shape: TileShape) -> ChainKernels:
     warp_place, extent, input_unscale = f.warp_place, f.extent, f.input_unscale
     tile_position, draw_bits, move_rows = f.tile_position, f.draw_bits, f.move_rows
     locate, stage_input, accumulate = f.locate, f.stage_input, f.accumulate
-    last_scale = SCALE + (shape.chunks - 1) % 2
+    scale_at = last_scale(shape)
 
     threads, warps = shape.threads, shape.warps
     spatial_warps = shape.row_warps * shape.column_warps
@@ -268,7 +268,7 @@ def chain_kernels(shape: TileShape) -> ChainKernels:
             present = ptx.float_bits(sum_gx)
             if present == ABSENT:  # a NaN: another one will do
                 present = uint32(NAN_BITS)
-            below = uint32(LARGEST_EXPONENT - place[last_scale])
+            below = uint32(LARGEST_EXPONENT - place[scale_at])
             record = uint64(RECORD_WORDS * record_of(place, first_sample, c))
             ptx.publish(records, record, ptx.join_words(ptx.float_bits(sum_g), present))
             ptx.publish(

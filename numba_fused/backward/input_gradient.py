@@ -39,7 +39,9 @@ from numba_fused.device.convolution import divide
 from numba_fused.device.reductions import WARP
 from numba_fused.device.tensor_tile import (
     INFINITY,
+    four_words,
     multiply_halves,
+    multiply_pairs,
     power_of_two,
     scale_exponent,
 )
@@ -60,6 +62,32 @@ LANE_WORDS = 4 * WARP  # of A
 LANE_POSITIONS = WARP // 2  # that a warp copies at once
 RESIDENT_BLOCKS = 2 * 132  # of an H200
 BLOCK_SHARED_BYTES = PROCESSOR_SHARED_BYTES // 2 - SYSTEM_SHARED_BYTES
+
+
+@cache
+def arrangement(shape: TileShape) -> tuple[int, int, int]:
+    """Patches, rows of patches, warps along w: those with the least work for all tiles.
+
+    Work is what a warp does for a column of taps: matrix instructions, loads, its share of the
+    copies, and about ten other instructions. Two blocks should have room on an SM.
+    """
+    _, in_h, in_w = shape.in_size
+    _, kernel_h, kernel_w = shape.kernel_size
+    position_bytes = 2 * 4 * POSITION_WORDS * (2 if shape.split else 1)
+
+    def work(candidate: tuple[int, int, int]) -> tuple[bool, float]:
+        patches, patch_rows, column_warps = candidate
+        rows = patch_rows * WARPS // column_warps
+        columns = COLUMNS * patches // patch_rows * column_warps
+        staged_rows, staged_columns = rows + kernel_h - 1, columns + kernel_w - 1
+        loads = (patch_rows + kernel_h - 1) * patches // patch_rows
+        copies = staged_rows * -(-staged_columns // LANE_POSITIONS) / WARPS
+        tiles = -(-in_h // rows) * -(-in_w // columns)
+        alone = staged_rows * staged_columns * position_bytes > BLOCK_SHARED_BYTES
+        return alone, tiles * (patches * kernel_h + loads + copies + 10)
+
+    sizes = (MOST_PATCHES, 4, 2, 1)
+    return min([(p, r, c) for p, r, c in product(sizes, sizes, sizes) if r <= p], key=work)
 
 
 @dataclass(frozen=True)
@@ -90,43 +118,17 @@ class InputTile:
     @property
     def patches(self) -> int:
         """Patches of a warp: of 8 columns of a row each."""
-        return self._arrangement[0]
+        return arrangement(self.shape)[0]
 
     @property
     def patch_rows(self) -> int:
         """Rows of a warp's patches: many, for neighbouring rows share most rows of dz."""
-        return self._arrangement[1]
+        return arrangement(self.shape)[1]
 
     @property
     def column_warps(self) -> int:
         """Warps side by side along w."""
-        return self._arrangement[2]
-
-    @cached_property
-    def _arrangement(self) -> tuple[int, int, int]:
-        """Patches, rows of patches, warps along w: those with the least work for all tiles.
-
-        Work is what a warp does for a column of taps: matrix instructions, loads, its share of
-        the copies, and about ten other instructions. Two blocks should have room on an SM.
-        """
-        _, in_h, in_w = self.shape.in_size
-        _, kernel_h, kernel_w = self.shape.kernel_size
-        position_bytes = 2 * 4 * POSITION_WORDS * (2 if self.shape.split else 1)
-
-        def work(arrangement: tuple[int, int, int]) -> tuple[bool, float]:
-            patches, patch_rows, column_warps = arrangement
-            rows = patch_rows * WARPS // column_warps
-            columns = COLUMNS * patches // patch_rows * column_warps
-            staged_rows, staged_columns = rows + kernel_h - 1, columns + kernel_w - 1
-            loads = (patch_rows + kernel_h - 1) * patches // patch_rows
-            copies = staged_rows * -(-staged_columns // LANE_POSITIONS) / WARPS
-            tiles = -(-in_h // rows) * -(-in_w // columns)
-            alone = staged_rows * staged_columns * position_bytes > BLOCK_SHARED_BYTES
-            return alone, tiles * (patches * kernel_h + loads + copies + 10)
-
-        sizes = (MOST_PATCHES, 4, 2, 1)
-        arrangements = [(p, r, c) for p, r, c in product(sizes, sizes, sizes) if r <= p]
-        return min(arrangements, key=work)
+        return arrangement(self.shape)[2]
 
     @property
     def tile_rows(self) -> int:
@@ -327,11 +329,6 @@ def input_gradient_kernel(tile: InputTile) -> Any:
         return int32(row_warp * patch_rows), int32(column_warp * warp_columns)
 
     @cuda.jit(device=True)
-    def tap_of(a, i):
-        """Four words of A."""
-        return a[4 * i], a[4 * i + 1], a[4 * i + 2], a[4 * i + 3]
-
-    @cuda.jit(device=True)
     def no_rows(acc, first_sum, words, base, packed, at):
         """Below the last row of taps."""
 
@@ -364,11 +361,10 @@ def input_gradient_kernel(tile: InputTile) -> Any:
                         if 0 <= row - i < patch_rows:
                             to = 4 * ((row - i) * row_patches + patch)
                             if split:
-                                multiply_halves(sums, to, tap_of(a, 2 * i + 1), b)
-                                multiply_halves(sums, to, tap_of(a, 2 * i), b_rest)
-                                multiply_halves(sums, to, tap_of(a, 2 * i), b)
+                                of_tap, of_rest = four_words(a, 2 * i), four_words(a, 2 * i + 1)
+                                multiply_pairs(sums, to, of_tap, of_rest, b, b_rest)
                             else:
-                                multiply_halves(acc, first_sum + to, tap_of(a, i), b)
+                                multiply_halves(acc, first_sum + to, four_words(a, i), b)
             if split:
                 for i in range(group_sums):
                     acc[first_sum + i] += sums[i]

@@ -38,7 +38,7 @@ from numba_fused.backward.chain_tiles import POSITION_WORDS
 from numba_fused.device import ptx
 from numba_fused.device.convolution import divide
 from numba_fused.device.reductions import WARP
-from numba_fused.device.tensor_tile import multiply_halves, power_of_two
+from numba_fused.device.tensor_tile import four_words, multiply_halves, multiply_pairs, power_of_two
 from numba_fused.device.tile_shape import CHANNELS, TileShape, round_up
 
 WARPS = 8
@@ -227,8 +227,8 @@ def weight_gradient_kernel(tile: WeightTile) -> Any:
     row_quads, copies, quads = tile.staged_row // 4, staged_values // vector, staged_values // 4
     row_warps, dz_row = columns // STEP, columns * POSITION_WORDS
     warp_rows, instructions = ROWS * row_warps // WARPS, tap_rows * fragments
-    accumulators, dz_registers = 4 * instructions, 4 * warp_rows * (2 if split else 1)
     ring_words, parts_of_dz = kernel_d * slot_words, 2 if split else 1
+    accumulators, dz_registers = 4 * instructions, 4 * warp_rows * parts_of_dz
 
     @cuda.jit(device=True)
     def stage_x(x, staged, sample, first_channel, first_tap_row, place):
@@ -335,11 +335,6 @@ def weight_gradient_kernel(tile: WeightTile) -> Any:
                 a[to], a[to + 1], a[to + 2], a[to + 3] = ptx.load_matrices(words, of_row)
 
     @cuda.jit(device=True)
-    def dz_of(a, i):
-        """Four words of A."""
-        return a[4 * i], a[4 * i + 1], a[4 * i + 2], a[4 * i + 3]
-
-    @cuda.jit(device=True)
     def split_tap(tap):
         """Channel, and taps along d and w, of one of the taps in a row."""
         channel, of_channel = divide(tap, channel_taps)
@@ -395,13 +390,12 @@ def weight_gradient_kernel(tile: WeightTile) -> Any:
             sums = cuda.local.array(4, float32)
             for q in range(4):
                 sums[q] = float32(0)
-            multiply_halves(sums, 0, dz_of(a, 2 * row + 1), b)
-            multiply_halves(sums, 0, dz_of(a, 2 * row), b_rest)
-            multiply_halves(sums, 0, dz_of(a, 2 * row), b)
+            of_row, of_rest = four_words(a, 2 * row), four_words(a, 2 * row + 1)
+            multiply_pairs(sums, 0, of_row, of_rest, b, b_rest)
             for q in range(4):
                 acc[to + q] += sums[q]
         else:
-            multiply_halves(acc, to, dz_of(a, row), b)
+            multiply_halves(acc, to, four_words(a, row), b)
 
     add_rows = rows_of_x(0)
 

@@ -15,21 +15,19 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, NamedTuple
 
-from numba import cuda, float32, int32, int64, uint32, uint64
+from numba import cuda, float32, int32, uint32, uint64
 
 from numba_fused.device import ptx
-from numba_fused.device.pointwise import clip_float32
 from numba_fused.device.tensor_tile import (
     CHANNEL_TILE,
     COLUMN,
-    PLANE,
     ROW,
-    SAMPLE,
+    finish_value,
     power_of_two,
+    stream_drawer,
     tile_functions,
 )
 from numba_fused.device.tile_shape import COLUMNS, WARP, TileShape
-from numba_fused.rng import keep_bits
 
 QUADS = COLUMNS // 4
 
@@ -52,17 +50,16 @@ def finishing_functions(shape: TileShape) -> FinishingFunctions:
     first_finishing = shape.first_finishing_thread
     warps, warp_channels = shape.warps, shape.warp_channels
     tile_channels, tile_rows, column_warps = shape.channels, shape.rows, shape.column_warps
-    out_channels, (out_d, out_h, out_w) = shape.out_channels, shape.out_size
+    out_channels, (_, out_h, out_w) = shape.out_channels, shape.out_size
     group_channels = shape.group_channels
     out_row, channel_stride = shape.out_row, shape.channel_stride
-    streams_per_row = -(-out_w // COLUMNS)
-    streams_per_channel = out_d * out_h * streams_per_row
     unscale_at = shape.unscale_at
     # Positions of a run that exist wherever it begins inside.
     sure_columns = (out_w - 1) % COLUMNS + 1
     # From a lane's first stream to its second and to its third one.
     second_c, second_row = _stream(WARP, tile_rows, column_warps)
     third_c, third_row = _stream(2 * WARP, tile_rows, column_warps)
+    draw = stream_drawer(shape, (second_c, second_row), (third_c, third_row))
 
     @cuda.jit(device=True)
     def finishing_warp():
@@ -89,28 +86,10 @@ def finishing_functions(shape: TileShape) -> FinishingFunctions:
         return c, int32(rest % uint32(tile_rows)), int32(lane % uint32(column_warps))
 
     @cuda.jit(device=True)
-    def draw_pair(seed, stream, drop_threshold):
-        """The masks of two streams, 16 bits each."""
-        first = keep_bits(seed, uint64(stream), drop_threshold)
-        stream += int32(second_c * streams_per_channel + second_row * streams_per_row)
-        second = keep_bits(seed, uint64(stream), drop_threshold)
-        return uint32(first | second << uint32(COLUMNS))
-
-    @cuda.jit(device=True)
     def draw_streams(place, seed, drop_threshold):
         """The masks of a lane's four streams."""
-        low = high = uint32(0xFFFFFFFF)
-        if drop_threshold > 0:
-            c, row, run = stream_place()
-            k = int32(place[CHANNEL_TILE] * tile_channels + c)
-            row = int32(place[PLANE] * out_h + place[ROW] + row)
-            stream = (int64(place[SAMPLE]) * out_channels + k) * streams_per_channel
-            stream += int32(row * streams_per_row + place[COLUMN] // COLUMNS + run)
-            word = uint64(seed[0])
-            low = draw_pair(word, stream, drop_threshold)
-            stream += int32(third_c * streams_per_channel + third_row * streams_per_row)
-            high = draw_pair(word, stream, drop_threshold)
-        return low, high
+        c, row, run = stream_place()
+        return draw(place, c, row, run, seed, drop_threshold)
 
     @cuda.jit(device=True)
     def find_coefficients(scratch, parameters, kept, coefficients, place, keep_scale):
@@ -135,15 +114,6 @@ def finishing_functions(shape: TileShape) -> FinishingFunctions:
                 coefficients[2, at] = ptx.bits_float(scratch[uint64(unscale_at + k)])
             group = int32(group + 1)
         cuda.syncwarp()
-
-    @cuda.jit(device=True)
-    def finish_value(value, slope, start, bounds, kept):
-        """Normalise, min, clamp and drop."""
-        value = clip_float32(value * slope + start, bounds[0], bounds[1])
-        # A dropped NaN stays NaN, as in PyTorch: multiply, do not replace.
-        if uint32(kept) == uint32(0):
-            value *= float32(0)
-        return value
 
     @cuda.jit(device=True)
     def finish_quads(parked, first, width, slope, start, bounds, bits):

@@ -137,11 +137,81 @@ def multiply_halves(sums, i, a, b):
 
 
 @cuda.jit(device=True)
+def four_words(a, i):
+    """Number `i` of the A that an array holds."""
+    return a[4 * i], a[4 * i + 1], a[4 * i + 2], a[4 * i + 3]
+
+
+@cuda.jit(device=True)
+def multiply_pairs(sums, i, a, a_rest, b, b_rest):
+    """Three matrix instructions into four sums: halves, and what rounding to them left over."""
+    multiply_halves(sums, i, a_rest, b)
+    multiply_halves(sums, i, a, b_rest)
+    multiply_halves(sums, i, a, b)
+
+
+@cuda.jit(device=True)
 def multiply_tf32(sums, i, a, b):
     """As `multiply_halves`, of TF32 values."""
     c0, c1, c2, c3 = sums[i], sums[i + 1], sums[i + 2], sums[i + 3]
     c0, c1, c2, c3 = ptx.mma_tf32(a[0], a[1], a[2], a[3], b[0], b[1], c0, c1, c2, c3)
     sums[i], sums[i + 1], sums[i + 2], sums[i + 3] = c0, c1, c2, c3
+
+
+@cuda.jit(device=True)
+def finish_value(value, slope, start, bounds, kept):
+    """Normalise, min, clamp and drop."""
+    value = clip_float32(value * slope + start, bounds[0], bounds[1])
+    # A dropped NaN stays NaN, as in PyTorch: multiply, do not replace.
+    if uint32(kept) == uint32(0):
+        value *= float32(0)
+    return value
+
+
+def last_scale(shape: TileShape) -> int:
+    """Where a tile's notes have the exponent of its scale, once all chunks are packed."""
+    return SCALE + (shape.chunks - 1) % 2
+
+
+@cache
+def stream_drawer(shape: TileShape, second: tuple[int, int], third: tuple[int, int]) -> Any:
+    """The function that draws a lane's four dropout streams.
+
+    `second` and `third` are channels and rows from the first stream to those; the fourth lies
+    as far from the third as the second from the first.
+    """
+    tile_channels, out_channels = shape.channels, shape.out_channels
+    out_d, out_h, out_w = shape.out_size
+    row_streams = -(-out_w // COLUMNS)
+    channel_streams = out_d * out_h * row_streams
+    to_second = second[0] * channel_streams + second[1] * row_streams
+    to_third = third[0] * channel_streams + third[1] * row_streams
+
+    @cuda.jit(device=True)
+    def draw_two(stream, seed, drop_threshold):
+        """The masks of two streams, 16 bits each."""
+        first = keep_bits(seed, uint64(stream), drop_threshold)
+        second = keep_bits(seed, uint64(stream + to_second), drop_threshold)
+        return uint32(first | second << uint32(COLUMNS))
+
+    @cuda.jit(device=True)
+    def draw_streams(place, c, row, run, seed, drop_threshold):
+        """Two words: the first and second, the third and fourth stream of a tile's lane.
+
+        The first is of the tile's channel `c`, its `row`, and `run` 16 columns from its first.
+        """
+        low = high = uint32(0xFFFFFFFF)
+        if drop_threshold > 0:
+            k = int32(place[CHANNEL_TILE] * tile_channels + c)
+            row = int32(place[PLANE] * out_h + place[ROW] + row)
+            stream = (int64(place[SAMPLE]) * out_channels + k) * channel_streams
+            stream += int32(row * row_streams + place[COLUMN] // COLUMNS + run)
+            word = uint64(seed[0])
+            low = draw_two(stream, word, drop_threshold)
+            high = draw_two(stream + to_third, word, drop_threshold)
+        return low, high
+
+    return draw_streams
 
 
 @cache
@@ -206,7 +276,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
     staged_columns, all_staged = shape.staged_columns, 4 * row_quads <= shape.staged_columns
     split, halves, plane_sources = shape.split, shape.values_per_word == 2, shape.plane_sources
     multiply = multiply_halves if halves else multiply_tf32
-    last_scale = SCALE + (chunks - 1) % 2
+    scale_at = last_scale(shape)
     low_words = planes * plane_words
     windows, window_table = shape.windows, shape.window_offsets
     window_positions = shape.window_positions
@@ -235,8 +305,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
     sure_columns, channel_stride = shape.sure_columns, shape.channel_stride
     even_rows = out_row % 2 == 0
     bulk_store = shape.bulk_store
-    streams_per_row = -(-out_w // COLUMNS)
-    streams_per_channel = out_d * out_h * streams_per_row
+    draw_streams = stream_drawer(shape, (0, 1), (8, 0))
 
     @cuda.jit(device=True)
     def together():
@@ -552,7 +621,7 @@ def tile_functions(shape: TileShape) -> TileFunctions:
     @cuda.jit(device=True)
     def input_unscale(place):
         """The factor that takes the scale of a tile's input back."""
-        return power_of_two(254 - place[last_scale]) if halves else float32(1)
+        return power_of_two(254 - place[scale_at]) if halves else float32(1)
 
     # ---- the statistics: from accumulators to mean and rstd ------------------------------------
 
@@ -713,31 +782,13 @@ def tile_functions(shape: TileShape) -> TileFunctions:
     # ---- the rest: from accumulators to out ----------------------------------------------------
 
     @cuda.jit(device=True)
-    def first_stream(place):
-        """Dropout stream of a lane's first row; the next row's and channel's follow from it."""
+    def draw_bits(place, seed, drop_threshold):
+        """A lane's share of the mask: a word for channel g and one for g + 8, two rows each."""
         channel_warp, row_warp, column_warp = warp_place()
         lane = int32(ptx.lane_index())
-        k = int32(place[CHANNEL_TILE] * tile_channels + channel_warp * CHANNELS + lane // 4)
-        row = int32(place[PLANE] * out_h + place[ROW] + row_warp * ROWS + 2 * (lane % 4))
-        stream = (int64(place[SAMPLE]) * out_channels + k) * streams_per_channel
-        return stream + int32(row * streams_per_row + place[COLUMN] // COLUMNS + column_warp)
-
-    @cuda.jit(device=True)
-    def draw_channel(stream, seed, drop_threshold):
-        """The mask of a lane's two rows of one channel."""
-        first = keep_bits(seed, uint64(stream), drop_threshold)
-        second = keep_bits(seed, uint64(stream + streams_per_row), drop_threshold)
-        return uint32(first | second << uint32(COLUMNS))
-
-    @cuda.jit(device=True)
-    def draw_bits(place, seed, drop_threshold):
-        """A lane's share of the mask: a word for channel g and one for g + 8."""
-        low = high = uint32(0xFFFFFFFF)
-        if drop_threshold > 0:
-            stream, word = first_stream(place), uint64(seed[0])
-            low = draw_channel(stream, word, drop_threshold)
-            high = draw_channel(stream + 8 * streams_per_channel, word, drop_threshold)
-        return low, high
+        c = int32(channel_warp * CHANNELS + lane // 4)
+        row = int32(row_warp * ROWS + 2 * (lane % 4))
+        return draw_streams(place, c, row, column_warp, seed, drop_threshold)
 
     @cuda.jit(device=True)
     def finish(acc, scratch, bias, gamma, beta, statistics, place, bounds, bits, keep_scale):
@@ -759,12 +810,8 @@ def tile_functions(shape: TileShape) -> TileFunctions:
             slope *= input_unscale(place) * ptx.bits_float(scratch[uint64(unscale_at) + k])
             kept = bits[r // 2]
             for j in range(COLUMNS):
-                value = acc[4 * j + r] * slope + start
-                value = clip_float32(value, bounds[0], bounds[1])
-                # A dropped NaN stays NaN, as in PyTorch: multiply, do not replace.
-                if uint32(kept & uint32(1 << (COLUMNS * (r % 2) + j))) == uint32(0):
-                    value *= float32(0)
-                acc[4 * j + r] = value
+                bit = uint32(kept & uint32(1 << (COLUMNS * (r % 2) + j)))
+                acc[4 * j + r] = finish_value(acc[4 * j + r], slope, start, bounds, bit)
 
     @cuda.jit(device=True)
     def stage_output(acc, staged, place):

@@ -43,6 +43,7 @@ from numba_fused.device.tensor_tile import (
     PLACE_SIZE,
     SCALE,
     TILE,
+    last_scale,
     power_of_two,
     tile_functions,
 )
@@ -175,7 +176,7 @@ def convolving(shape: TileShape) -> Any:
     passing_words = shape.threads + shape.packing_threads
     passing_tiles = shape.threads + shape.team_threads
     parked_at, output_values = shape.parked_at, shape.output_values
-    last_scale = SCALE + (chunks - 1) % 2
+    scale_at = last_scale(shape)
     moments_shape, places_size = (3, warps, CHANNELS), warps * PLACE_SIZE
 
     @cuda.jit(device=True)
@@ -224,7 +225,7 @@ def convolving(shape: TileShape) -> Any:
             first = uint64(parked_at + slot * uint32(output_values))
             stage_output(acc, ptx.beyond(memory, first), place)
             if ptx.thread_index() == 0:
-                parked_scales[slot] = place[last_scale]
+                parked_scales[slot] = place[scale_at]
             cuda.syncwarp()
             ptx.arrive(int32(PARKED + turn[0] % uint32(TEAMS)), int32(passing_tiles))
             cuda.syncwarp()
