@@ -107,7 +107,10 @@ def stored_rows(case: str = "kb83") -> dict[str, Row]:
 
 
 def stored_counters() -> pd.DataFrame:
-    """What the profiler counted on the benchmark, by variant and kernel; precision as above."""
-    counters = pd.read_csv(DATA / "counters.csv")
+    """What the profiler counted of the benchmark's forward pass, by variant and kernel.
+
+    The precision is that of `stored_rows`.
+    """
+    counters = pd.read_csv(DATA / "counters.csv").query("not backward")
     fine = counters.groupby("variant")["precision"].transform("min")  # "ieee" if there is any
     return counters[counters["precision"] == fine].set_index(["variant", "kernel"])

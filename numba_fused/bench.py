@@ -649,7 +649,7 @@ def measure(
         if variant == EAGER:
             return row | baseline(workload, compiled=False)
         if backward:
-            row |= _backward_columns(workload.spec, rung)
+            row |= both_passes(workload.spec, rung)
             return row | _measure_variant_step(workload, variant)
         return row | _measure_rung(workload, variant, rung.name, threads_per_block)
     except Exception as problem:  # a crash is a row with its reason, not a hole
@@ -659,8 +659,8 @@ def measure(
             torch.cuda.empty_cache()
 
 
-def _backward_columns(spec: BlockSpec, rung: ladder.Rung) -> Row:
-    """Who differentiates, and both passes' ledgers together where there are two."""
+def both_passes(spec: BlockSpec, rung: ladder.Rung) -> Row:
+    """Row columns: who differentiates, and both passes' ledgers together where there are two."""
     variant = plan.choose_backward(spec)
     if variant is None:
         return {"differentiates": EAGER}

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from numba_fused.demo import Line
     from numba_fused.environment import Environment
     from numba_fused.plot import Drawing
-    from numba_fused.profile import KernelCounters
+    from numba_fused.profile import Call, KernelCounters
     from numba_fused.sweep import Unit
     from numba_fused.training import Agreement, Problem
     from numba_fused.training import Result as Training
@@ -393,13 +393,13 @@ def bench(
         check_threads_per_block(threads_per_block)
         if backward:
             bench.check_usual_threads(threads_per_block)
-        if backward and profile is not None:
-            raise ValueError("--profile counts the forward pass alone: leave out --backward")
         runs = list(itertools.product(bench.case_names(case or ["kb83"]), precision or ["ieee"]))
     if profile is not None:
+        from numba_fused.profile import Call
+
         counted, _, kernel = profile.partition(":")
         for name, arithmetic in runs:
-            _profile(name, counted, kernel, arithmetic, None, as_json)
+            _profile(Call(name, counted, arithmetic, backward), kernel, None, as_json)
         return
     chosen = variant or results.variants()
     with usage_errors():
@@ -492,33 +492,38 @@ def profile(
     variant: Annotated[str, typer.Argument(help="A rung, torch.compile or auto.")],
     kernel: Annotated[str, typer.Option(help="Only kernels with this in their name.")] = "",
     precision: Annotated[str, typer.Option(help="ieee or tf32.")] = "ieee",
+    backward: Annotated[
+        bool, typer.Option("--backward", help="Count forward + backward: all five gradients.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="File for the counters, which may hold others' already.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run one call under ncu and show, kernel by kernel, the counters that matter."""
-    _profile(case, variant, kernel, precision, out, as_json)
+    from numba_fused.profile import Call
+
+    _profile(Call(case, variant, precision, backward), kernel, out, as_json)
 
 
-def _profile(
-    case: str, variant: str, kernel: str, precision: str, out: Path | None, as_json: bool
-) -> None:
+def _profile(call: Call, kernel: str, out: Path | None, as_json: bool) -> None:
     from numba_fused import profile, results
 
     with usage_errors():
         if out is not None:
             results.check_table(out)
-        counters = profile.run(case, variant, kernel, precision)
-        ledger = profile.ledger_bytes(case, variant, precision)
+        counters = profile.run(call, kernel)
+        ledger = profile.ledger_bytes(call)
         if out is not None:
-            profile.keep(counters, case, variant, precision, ledger, out)
+            profile.keep(counters, call, ledger, out)
     if as_json:
         print_json([{"ledger_bytes": ledger, **launch.to_dict()} for launch in counters])
         return
     moved = sum((c.dram_read or 0) + (c.dram_written or 0) for c in counters)
     predicted = f"; the whole call by its ledger: {ledger / 1e6:,.1f} MB" if ledger else ""
-    console.print(f"{variant} on {case}, {precision}: DRAM {moved / 1e6:,.1f} MB{predicted}")
+    both = ", forward + backward" if call.backward else ""
+    what = f"{call.variant} on {call.case}, {call.precision}{both}"
+    console.print(f"{what}: DRAM {moved / 1e6:,.1f} MB{predicted}")
     fitting = max(1, (console.width - 24) // 18)
     for start in range(0, len(counters), fitting):
         _print_counters(counters[start : start + fitting])

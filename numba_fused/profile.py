@@ -8,19 +8,26 @@ all counters are taken; the clock is left alone, so durations agree with `bench`
 from __future__ import annotations
 
 import csv
+import functools
+import json
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from numba_fused import results
 from numba_fused.results import COMPILED, EAGER
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from numba_fused.spec import BlockSpec
 
 # The counter's field in `KernelCounters`, and its name in ncu for compute capability 8.0 and 9.0.
 METRICS = {
@@ -59,6 +66,23 @@ STALLS = (
     "wait",
 )
 WARM_UPS = 3
+
+
+@dataclass(frozen=True)
+class Call:
+    """Which call is profiled; `bench.run` says what the fields may be.
+
+    Attributes
+    ----------
+    case, variant, precision : str
+    backward : bool
+        Count forward and backward pass, all five gradients, and not forward alone.
+    """
+
+    case: str
+    variant: str
+    precision: str = "ieee"
+    backward: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,17 +150,14 @@ class KernelCounters:
         return {**asdict(self), "dram_gb_per_s": self.dram_gb_per_s}
 
 
-def run(case: str, variant: str, kernel: str = "", precision: str = "ieee") -> list[KernelCounters]:
+def run(call: Call, kernel: str = "") -> list[KernelCounters]:
     """Profile one call of a variant on a benchmark case.
 
     Parameters
     ----------
-    case, variant : str
-        As `bench.run` takes them.
+    call : Call
     kernel : str
         Keep the kernels whose name contains this.
-    precision : str
-        ``"ieee"`` or ``"tf32"``.
 
     Returns
     -------
@@ -152,41 +173,41 @@ def run(case: str, variant: str, kernel: str = "", precision: str = "ieee") -> l
     """
     from numba_fused import bench, ladder
 
-    bench.check_variant(variant)
-    spec = bench.case_spec(case, precision=precision)
-    if variant != COMPILED:
-        rung = ladder.get(bench.resolve(variant, spec))
+    bench.check_variant(call.variant)
+    spec = bench.case_spec(call.case, precision=call.precision)
+    if call.variant != COMPILED:
+        rung = ladder.get(bench.resolve(call.variant, spec))
         if reason := rung.obstacle(spec, ladder.capability()):
-            raise ValueError(f"variant {variant!r} cannot run {case}: {reason}")
-    found = parse(_under_ncu(case, variant, precision))
+            raise ValueError(f"variant {call.variant!r} cannot run {call.case}: {reason}")
+    found = parse(_under_ncu(call))
     kept = [counters for counters in found if kernel in counters.kernel]
     if not kept:
         names = ", ".join(sorted({counters.kernel for counters in found})) or "none"
-        raise ValueError(f"no kernel of {variant} has {kernel!r} in its name; it runs: {names}")
+        raise ValueError(
+            f"no kernel of {call.variant} has {kernel!r} in its name; it runs: {names}"
+        )
     return kept
 
 
-def ledger_bytes(case: str, variant: str, precision: str = "ieee") -> int | None:
-    """What the variant should move by its ledger; None for torch.compile, which has none."""
+def ledger_bytes(call: Call) -> int | None:
+    """What the call should move by its ledgers; None where PyTorch computes, which has none."""
     from numba_fused import bench, ladder
 
-    if variant == COMPILED:
+    if call.variant == COMPILED:
         return None
-    spec = bench.case_spec(case, precision=precision)
-    return ladder.get(bench.resolve(variant, spec)).ledger(spec).bytes_moved
+    spec = bench.case_spec(call.case, precision=call.precision)
+    rung = ladder.get(bench.resolve(call.variant, spec))
+    if not call.backward:
+        return rung.ledger(spec).bytes_moved
+    if rung.name == EAGER:
+        return None
+    return bench.both_passes(spec, rung).get("ledger_bytes")
 
 
-def keep(
-    counters: Sequence[KernelCounters],
-    case: str,
-    variant: str,
-    precision: str,
-    ledger: int | None,
-    path: Path,
-) -> None:
+def keep(counters: Sequence[KernelCounters], call: Call, ledger: int | None, path: Path) -> None:
     """Write a call's counters to a file, in place of those it has of the same call.
 
-    A row a launch: case, variant, precision, `ledger_bytes` of the whole call, the fields of
+    A row a launch: the fields of `Call`, `ledger_bytes` of the whole call, the fields of
     `KernelCounters`, and where and with what they were counted (`results.provenance`).
 
     Raises
@@ -194,7 +215,7 @@ def keep(
     ValueError, RuntimeError
         As `results.check_table`.
     """
-    what = {"case": case, "variant": variant, "precision": precision}
+    what = asdict(call)
     common = what | {"ledger_bytes": ledger}
     origin = results.provenance()
     rows = pd.DataFrame([{**common, **c.to_dict(), **origin} for c in counters])
@@ -205,7 +226,7 @@ def keep(
     results.write_table(rows, path)
 
 
-def _under_ncu(case: str, variant: str, precision: str) -> str:
+def _under_ncu(call: Call) -> str:
     """What ``ncu`` prints about the call that `main` marks."""
     ncu = shutil.which("ncu")
     if ncu is None:
@@ -216,7 +237,7 @@ def _under_ncu(case: str, variant: str, precision: str) -> str:
     metrics = [*METRICS.values(), *map(STALL.format, STALLS)]
     command = [ncu, "--csv", "--print-units", "base", "--clock-control", "none"]
     command += ["--profile-from-start", "off", "--metrics", ",".join(metrics)]
-    command += [sys.executable, "-m", "numba_fused.profile", case, variant, precision]
+    command += [sys.executable, "-m", "numba_fused.profile", json.dumps(asdict(call))]
     done = subprocess.run(command, capture_output=True, text=True)
     errors = re.findall(r"^==ERROR== .*", done.stdout, flags=re.MULTILINE)
     if done.returncode or errors:
@@ -276,35 +297,67 @@ def short_name(kernel: str) -> str:
     return found[1] if found else kernel
 
 
-def main(case: str, variant: str, precision: str) -> None:
-    """Warm up, then run one call between the profiler's marks: what ``ncu`` starts."""
+def main(call: Call) -> None:
+    """Warm up, then run the call between the profiler's marks: what ``ncu`` starts."""
     import torch
 
-    from numba_fused import bench, ladder
+    from numba_fused import bench
     from numba_fused.reference import convolution_precision
 
     torch.backends.cudnn.benchmark = True
-    spec = bench.case_spec(case, precision=precision)
-    inputs = bench.random_inputs(spec, 0)
-    seed = torch.tensor([bench.DROPOUT_SEED], device="cuda")
-    out = torch.empty(spec.output_shape, device="cuda")
-    function = bench.compiled_chain() if variant == COMPILED else bench.native_chain
-
-    def call() -> None:
-        if variant in (COMPILED, EAGER):
-            function(spec, *inputs)
-        else:
-            ladder.run(bench.resolve(variant, spec), *inputs, spec=spec, seed=seed, out=out)
-
-    with torch.no_grad(), convolution_precision(spec):
+    spec = bench.case_spec(call.case, precision=call.precision)
+    compute = _both_passes(call, spec) if call.backward else _forward(call, spec)
+    with torch.set_grad_enabled(call.backward), convolution_precision(spec):
         for _ in range(WARM_UPS):
-            call()
+            compute()
         torch.cuda.synchronize()
         torch.cuda.profiler.start()
-        call()
+        compute()
         torch.cuda.synchronize()
         torch.cuda.profiler.stop()
 
 
+def _forward(call: Call, spec: BlockSpec) -> Callable[[], object]:
+    """The forward pass, into an output that is there."""
+    import torch
+
+    from numba_fused import bench, ladder
+
+    inputs = bench.random_inputs(spec, 0)
+    if call.variant in (COMPILED, EAGER):
+        return functools.partial(_by_torch(call), spec, *inputs)
+    seed = torch.tensor([bench.DROPOUT_SEED], device="cuda")
+    out = torch.empty(spec.output_shape, device="cuda")
+    rung = bench.resolve(call.variant, spec)
+    return functools.partial(ladder.run, rung, *inputs, spec=spec, seed=seed, out=out)
+
+
+def _both_passes(call: Call, spec: BlockSpec) -> Callable[[], object]:
+    """Forward by the variant, backward as the public function does it."""
+    import torch
+
+    from numba_fused import bench, ops
+
+    inputs = bench.random_inputs(spec, 0)
+    leaves = [tensor.requires_grad_() for tensor in inputs if tensor is not None]
+    grad_out = bench.random_grad_out(spec, inputs, 0)
+    if call.variant in (COMPILED, EAGER):
+        forward = functools.partial(_by_torch(call), spec)
+    else:
+        forward = functools.partial(
+            ops.fused_conv_group_norm_min_clamp_dropout,
+            seed=torch.tensor([bench.DROPOUT_SEED], device="cuda"),
+            variant=call.variant,
+            **bench.case(call.case).keywords(call.precision),
+        )
+    return lambda: torch.autograd.grad(forward(*leaves), leaves, grad_out)
+
+
+def _by_torch(call: Call) -> Callable[..., Tensor]:
+    from numba_fused import bench
+
+    return bench.compiled_chain() if call.variant == COMPILED else bench.native_chain
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(Call(**json.loads(sys.argv[1])))

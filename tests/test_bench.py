@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
+from numba_fused import backward as backward_kernels
 from numba_fused import bench, ladder, ops, plan, plot, profile, results
 from numba_fused.reference import chain
 from numba_fused.results import Row
@@ -933,18 +934,22 @@ def test_wrong_rung_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
-def test_profiler_is_shown_one_call_after_warming_up(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backward", [False, True])
+def test_profiler_is_shown_one_call_after_warming_up(
+    monkeypatch: pytest.MonkeyPatch, backward: bool
+) -> None:
     seen = []
-    honest = ladder.run
+    module = backward_kernels if backward else ladder
+    honest = module.run
 
-    def run(*operands: Any, **rest: Any) -> torch.Tensor:
+    def run(*operands: Any, **rest: Any) -> object:
         seen.append("run")
         return honest(*operands, **rest)
 
-    monkeypatch.setattr(ladder, "run", run)
+    monkeypatch.setattr(module, "run", run)
     monkeypatch.setattr(torch.cuda.profiler, "start", lambda: seen.append("start"))
     monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: seen.append("stop"))
-    profile.main("kb83-b1", "auto", "ieee")
+    profile.main(profile.Call("kb83-b1", "auto", backward=backward))
     assert seen == ["run"] * profile.WARM_UPS + ["start", "run", "stop"]
 
 

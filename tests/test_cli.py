@@ -392,7 +392,6 @@ def test_bench_of_both_passes_says_so(
     ("arguments", "said"),
     [
         (["--threads-per-block", "128"], "threads_per_block=128 does not go with backward"),
-        (["--profile", "split"], "--profile counts the forward pass alone"),
     ],
 )
 def test_bench_of_both_passes_refuses_what_is_of_one(
@@ -494,7 +493,29 @@ def test_profile_shows_the_counters_of_every_kernel(fake_ncu: Path) -> None:
     assert len(rows.keys() & {line[0] for line in cli.PROFILE_LINES}) == len(cli.PROFILE_LINES)
     asked = (fake_ncu / "asked").read_text()
     assert "--clock-control none" in asked
-    assert asked.strip().endswith("-m numba_fused.profile kb83 library_conv ieee")
+    assert asked_of(fake_ncu) == profile.Call("kb83", "library_conv", "ieee", backward=False)
+
+
+def asked_of(fake_ncu: Path) -> profile.Call:
+    """The call that the process under ncu was started for."""
+    asked = (fake_ncu / "asked").read_text()
+    return profile.Call(**json.loads(asked.partition("-m numba_fused.profile ")[2]))
+
+
+def test_profile_of_both_passes_counts_against_both_ledgers(fake_ncu: Path, tmp_path: Path) -> None:
+    path = tmp_path / "counters.csv"
+    both = numba_fused("profile", "kb83", "auto", "--backward", "--out", str(path))
+    assert asked_of(fake_ncu) == profile.Call("kb83", "auto", "ieee", backward=True)
+    spec = bench.case_spec("kb83")
+    moved = bench.both_passes(spec, ladder.get(bench.resolve("auto", spec)))["ledger_bytes"]
+    said = " ".join(both.stdout.split())
+    assert "kb83, ieee, forward + backward: DRAM 886.8 MB" in said
+    assert f"the whole call by its ledger: {moved / 1e6:,.1f} MB" in said
+    numba_fused("profile", "kb83", "auto", "--out", str(path))
+    rows = results.read_table(path)
+    assert list(rows["backward"]) == [True, True, False, False]
+    assert len(set(rows["ledger_bytes"])) == 2
+    assert "ledger" not in numba_fused("profile", "kb83", "torch", "--backward").stdout
 
 
 def test_profile_of_one_kernel_and_as_json(fake_ncu: Path) -> None:
@@ -517,7 +538,7 @@ def test_profile_keeps_the_last_counters_of_each_call(fake_ncu: Path, tmp_path: 
     assert list(rows["variant"]) == ["torch"] * 2 + ["library_conv"] * 2
     assert list(rows["kernel"]) == ["conv", "moments_kernel"] * 2
     assert set(rows["ledger_bytes"]) == {
-        profile.ledger_bytes("kb83", v) for v in ("torch", "library_conv")
+        profile.ledger_bytes(profile.Call("kb83", v)) for v in ("torch", "library_conv")
     }
     assert set(rows["dram_read"]) == {440_912_640}
     assert not rows["commit"].isna().to_numpy().any()
