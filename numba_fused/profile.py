@@ -339,8 +339,8 @@ def _both_passes(call: Call, spec: BlockSpec) -> Callable[[], object]:
     from numba_fused import bench, ops
 
     inputs = bench.random_inputs(spec, 0)
-    leaves = [tensor.requires_grad_() for tensor in inputs if tensor is not None]
     grad_out = bench.random_grad_out(spec, inputs, 0)
+    leaves = [tensor.requires_grad_() for tensor in inputs if tensor is not None]
     if call.variant in (COMPILED, EAGER):
         forward = functools.partial(_by_torch(call), spec)
     else:
