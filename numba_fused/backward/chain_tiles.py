@@ -562,6 +562,14 @@ def chain_kernels(shape: TileShape) -> ChainKernels:
             of_channels[2 * out_channels + k] * factor,
         )
 
+    @cuda.jit(device=True)
+    def take_ticket(tickets):
+        """How many tiles were taken before, of those that were nobody's from the start.
+
+        Tickets count from `ABSENT` on, whose successor is zero.
+        """
+        return int32(uint32(cuda.atomic.add(tickets, 0, uint32(1)) + uint32(1)))
+
     @cuda.jit(launch_bounds=bounds_of_launch)
     def chain_kernel(
         x,
@@ -573,6 +581,7 @@ def chain_kernels(shape: TileShape) -> ChainKernels:
         rstd,
         grad_out,
         records,
+        tickets,
         sum_g,
         sum_gx,
         scales,
@@ -586,10 +595,15 @@ def chain_kernels(shape: TileShape) -> ChainKernels:
         drop_threshold,
         keep_scale,
     ):
-        """Tiles ``blockIdx.x``, ``blockIdx.x + gridDim.x`` ... of `tiles`, from x to dz.
+        """`tiles` tiles, from x to dz: first ``blockIdx.x``, then whichever is the next.
 
         What `sums_kernel`, `means_kernel` and `gradient_kernel` do, for shapes with all channels in
-        one tile. `records`, of all samples, have been marked as absent.
+        one tile. `records`, of all samples, and the word `tickets` have been marked as absent.
+
+        Blocks take tiles in order, each when it is about to be free. So the tiles of a sample are
+        begun one soon after the other, and nobody waits for a block that is late. And every wait
+        ends: only the last sample begun can have tiles that are nobody's, too few blocks wait for
+        it to be all, and no block that waits has a tile in reserve.
         """
         words, memory = cuda.shared.array(0, uint32), cuda.shared.array(0, float32)
         staged_input = memory[staged_input_at:]
@@ -610,10 +624,10 @@ def chain_kernels(shape: TileShape) -> ChainKernels:
             ptx.wait_for_copies()
             cuda.syncthreads()
             accumulate(acc, x, scratch, words, staged_input, peaks, place)
-            if cuda.threadIdx.x == 0:
-                locate(int32(place[TILE] + cuda.gridDim.x), next_place)
             cuda.syncthreads()  # the words are not needed any more: grad_out goes there
-            move_rows(grad_out, memory, place, False, int32(ptx.thread_index() // WARP))
+            warp = int32(ptx.thread_index() // WARP)
+            if warp < warps:  # all are: a branch, or registers run out in `accumulate`
+                move_rows(grad_out, memory, place, False, warp)
             low, high = draw_bits(place, seed, drop_threshold)  # while it is on its way
             normalise(acc, 0, scratch, bias, mean, rstd, place)
             normalise(acc, 1, scratch, bias, mean, rstd, place)
@@ -623,16 +637,19 @@ def chain_kernels(shape: TileShape) -> ChainKernels:
             high = sum_channel(acc, memory, high, 1, small, gamma, beta, place, bounds, keep_scale)
             cuda.syncthreads()
             publish_records(small, records, place, 0)
-            if next_place[TILE] < first_sample * tiles_per_sample + tiles:
-                stage_input(x, staged_input, next_place, 0)
             cuda.syncthreads()  # the sums of warps are published
 
             n, first = place[SAMPLE], tile_position(place) == 0
             first_record = int64(n) * (out_channels * tile_positions)
             pool_channels(records, first_record, small, warps, first, n, sum_g, sum_gx, scales)
             cuda.syncthreads()
+            if cuda.threadIdx.x == threads - 1:  # groups are pooled by the first threads
+                taken = int32(first_sample * tiles_per_sample + cuda.gridDim.x)
+                locate(int32(taken + take_ticket(tickets)), next_place)
             bound = pool_groups(small, gamma, rstd, place[SAMPLE], threads)
             exponent = gradient_exponent(bound, peaks, warps)
+            if next_place[TILE] < first_sample * tiles_per_sample + tiles:
+                stage_input(x, staged_input, next_place, 0)
             if cuda.threadIdx.x == 0 and tile_position(place) == 0:
                 scales[2 * place[SAMPLE]] = exponent
             factor = power_of_two(exponent)

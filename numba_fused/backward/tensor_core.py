@@ -149,8 +149,8 @@ class BackwardPlan:
         Tiles of a sample that have the same channels.
     sample_words : int
         Words of a sample's dz, of one part.
-    samples : int
-        In a run that goes through all kernels.
+    samples, runs : int
+        In a run that goes through all kernels, and how many of these there are.
     resident_blocks : int
         What the GPU holds at once of `chain_kernel`.
     chain_record_words : int
@@ -171,6 +171,7 @@ class BackwardPlan:
         sample_bytes = 4 * self.sample_words * (2 if shape.split else 1)
         runs = -(-spec.batch // max(1, MOST_DZ_BYTES // sample_bytes))
         self.samples = -(-spec.batch // runs)
+        self.runs = -(-spec.batch // self.samples)
         self.input_tile = quickest_tile(shape, self.samples)
         self.resident_blocks = resident_blocks(shape)
         planes = spec.batch * spec.out_channels
@@ -178,13 +179,13 @@ class BackwardPlan:
         self.one_pass = (
             2 * shape.tiles_per_sample <= self.resident_blocks
             and shape.tiles[0] == 1
-            and self.record_words < 2**31
+            and self.marked_words < 2**31
         )
 
     @property
-    def record_words(self) -> int:
-        """Words of all records, with those of the statistics, if there is one pass."""
-        return int(self.tiles.record_words) + self.chain_record_words
+    def marked_words(self) -> int:
+        """Words that are marked if there is one pass: all records, and a ticket for each run."""
+        return int(self.tiles.record_words) + self.chain_record_words + self.runs
 
 
 backward_plan = lru_cache(maxsize=1024)(BackwardPlan)
@@ -224,14 +225,15 @@ class Backward:
         self.plan = plan = backward_plan(spec, tiles)
         self.shape = tiles.shape
         self.one_pass = plan.one_pass and any(wanted[:3])
-        words = plan.record_words if self.one_pass else int(tiles.record_words)
+        words = plan.marked_words if self.one_pass else int(tiles.record_words)
         absent = words if self.one_pass else 0
         self.scratch = pack(launch, tiles, operands.weight, words, absent)
         self.mean, self.rstd = statistics or self.group_statistics()
 
         planes, run_positions = spec.batch * spec.out_channels, plan.samples * plan.tile_positions
         if self.one_pass:
-            self.records = self.scratch[-plan.chain_record_words :]
+            self.tickets = self.scratch[-plan.runs :]
+            self.records = self.scratch[-plan.runs - plan.chain_record_words : -plan.runs]
         else:
             words = RECORD_WORDS * run_positions * spec.out_channels
             self.records = self.empty(words, torch.uint32)
@@ -399,6 +401,7 @@ class Backward:
             self.rstd,
             operands.grad_out,
             self.records,
+            self.tickets[first // self.plan.samples :],
             self.sum_g,
             self.sum_gx,
             self.scales,
@@ -502,7 +505,7 @@ def ledger(spec: BlockSpec, wanted: Wanted, *, has_statistics: bool) -> Ledger:
         return Ledger(0, 0, 0)
     plan = backward_plan(spec, tile_plan(spec, kind(spec)))
     shape, weight_tile, input_tile = plan.tiles.shape, plan.weight_tile, plan.input_tile
-    batch, runs = spec.batch, -(-spec.batch // plan.samples)
+    batch, runs = spec.batch, plan.runs
     vector, weight = vector_bytes(spec), math.prod(spec.weight_shape) * spec.itemsize
     pairs = 2 * batch * spec.num_groups * spec.itemsize
     packed, factors = 4 * shape.unscale_at, vector
@@ -514,7 +517,7 @@ def ledger(spec: BlockSpec, wanted: Wanted, *, has_statistics: bool) -> Ledger:
     scales = 8 * batch
 
     one_pass = plan.one_pass and any(wanted[:3])
-    marked = 4 * plan.record_words if one_pass else 0
+    marked = 4 * plan.marked_words if one_pass else 0
     kernels = [(2 * weight, packed + 4 * (shape.records_at - shape.unscale_at) + marked)]
     launches = 1
     if not has_statistics:
