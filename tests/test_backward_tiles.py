@@ -309,13 +309,13 @@ def test_only_what_is_wanted_is_launched() -> None:
     call = make("kernel 1")
     every = gradients(call)
     chain = IN_ONE_PASS | IN_THREE_KERNELS
-    last = {"weight_gradient", "input_gradient", "bias_sum_kernel"} | chain
+    last = {"weight_gradient", "input_gradient", "parameter_sums_kernel"} | chain
     for which, needs in {
         0: {"input_gradient", "chain_kernel"},
         1: {"weight_gradient", "chain_kernel"},
-        2: {"bias_sum_kernel", "chain_kernel"},
-        3: {"sums_kernel", "means_kernel"},
-        4: {"sums_kernel", "means_kernel"},
+        2: {"parameter_sums_kernel", "chain_kernel"},
+        3: {"parameter_sums_kernel", "sums_kernel", "means_kernel"},
+        4: {"parameter_sums_kernel", "sums_kernel", "means_kernel"},
     }.items():
         wanted: Any = tuple(i == which for i in range(5))
         simulator = Simulator(check_races=False)

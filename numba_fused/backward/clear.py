@@ -45,9 +45,11 @@ from numba_fused.backward.clear_kernels import (
     group_means_kernel,
     group_statistics_kernel,
     input_gradient_kernel,
+    sum_over_samples_kernel,
     weight_gradient_kernel,
 )
-from numba_fused.backward.operands import Operands, Wanted, sum_over_samples, threads_for
+from numba_fused.backward.operands import Operands, Wanted, threads_for
+from numba_fused.device.reductions import WARP
 from numba_fused.ladder.rung import (
     Ledger,
     convolution_bytes,
@@ -105,6 +107,14 @@ def gradients(
 
 
 # ---- one function for each kernel ---------------------------------------------------------------
+
+
+def sum_over_samples(launch: Launcher, operands: Operands, sums: Tensor) -> Tensor:
+    """A parameter's gradient: (N * K,) sums to (K,)."""
+    channels = operands.spec.out_channels
+    total = sums.new_empty(channels)
+    launch(sum_over_samples_kernel, channels, WARP, sums, operands.spec.batch, total)
+    return total
 
 
 def group_statistics(launch: Launcher, operands: Operands) -> tuple[Tensor, Tensor]:

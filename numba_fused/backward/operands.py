@@ -1,19 +1,15 @@
-"""What the variants of the backward pass are handed, and the sums over samples they share."""
+"""What the variants of the backward pass are handed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from numba_fused.backward.clear_kernels import THREADS, sum_over_samples_kernel
+from numba_fused.backward.clear_kernels import THREADS
 from numba_fused.device.reductions import WARP
 from numba_fused.ladder.rung import LaunchArguments, once
 from numba_fused.spec import BlockSpec
-
-if TYPE_CHECKING:
-    from numba_fused.device.launch import Launcher
 
 Wanted = tuple[bool, bool, bool, bool, bool]  # dx, dweight, dbias, dgamma, dbeta
 
@@ -63,11 +59,3 @@ class Operands:
 def threads_for(values: int) -> int:
     """Whole warps that cover `values`, up to THREADS."""
     return min(THREADS, -(-values // WARP) * WARP)
-
-
-def sum_over_samples(launch: Launcher, operands: Operands, sums: Tensor) -> Tensor:
-    """A parameter's gradient: (N * K,) sums to (K,)."""
-    channels = operands.spec.out_channels
-    total = sums.new_empty(channels)
-    launch(sum_over_samples_kernel, channels, WARP, sums, operands.spec.batch, total)
-    return total

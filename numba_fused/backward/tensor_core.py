@@ -9,8 +9,8 @@ dz is as large as half the output (as the output, in two halves), so it is not m
 run of samples goes through all kernels before the next one, and they share the memory.
 
 Launch: pack the weights; statistics and their pooling, unless forward kept them; then for each run
-        of samples the chain, dweight, dx; and at the end a kernel for the sums over all samples of
-        dgamma, dbeta and dbias, and one for those of dweight. The chain is one kernel where the
+        of samples the chain, dweight, dx; and at the end a kernel for the sums over all samples
+        that are dweight, and one for dbias, dgamma and dbeta. The chain is one kernel where the
         tiles of two samples fit on the GPU together, else sums, means and gradient.
         Kernels whose results nobody wants are not launched.
 Shapes: those of `clear`; dz and what the halves left over, (samples, D, H, W, K / 2) words each.
@@ -45,7 +45,7 @@ from numba_fused.backward.input_gradient import (
     quickest_tile,
 )
 from numba_fused.backward.input_gradient import THREADS as INPUT_THREADS
-from numba_fused.backward.operands import Operands, Wanted, sum_over_samples
+from numba_fused.backward.operands import Operands, Wanted
 from numba_fused.backward.weight_gradient import (
     SUM_WARPS,
     WeightTile,
@@ -79,7 +79,7 @@ MOST_DZ_BYTES = 128 * 2**20  # of a run of samples
 MOST_CHANNELS = 1024  # of the output, whose sums `means_kernel` holds in shared memory
 OTHER_SHARED_BYTES = 8 * 1024  # what the system takes, and arrays of fixed size
 ORIGINAL = (1, 1, 1)
-SUM_THREADS = 256
+SUM_THREADS = 512
 
 
 def kind(spec: BlockSpec) -> TileKind:
@@ -115,24 +115,43 @@ def limit(spec: BlockSpec) -> str | None:
 
 
 @cuda.jit(launch_bounds=(SUM_THREADS, 1))
-def bias_sum_kernel(records, scales, batch, tile_positions, grad_bias):
-    """dbias, a channel a block: the sums of dz of all samples' tiles, rid of their scales."""
+def parameter_sums_kernel(
+    dz_sums, sum_gx, sum_g, scales, batch, tile_positions, wanted, grad_bias, grad_gamma, grad_beta
+):
+    """dbias, dgamma and dbeta as far as they are `wanted`: block (k, 0), (k, 1) and (k, 2).
+
+    dbias adds up dz over all samples' tiles, rid of their scales; the others their sums of g.
+    """
     scratch = cuda.shared.array(WARP, float64)
-    k = int32(cuda.blockIdx.x)
+    k, channels, parameter = int32(cuda.blockIdx.x), int32(cuda.gridDim.x), cuda.blockIdx.y
+    if not wanted[parameter]:
+        return
     total = float64(0)
-    n = int32(cuda.threadIdx.x // WARP)
-    while n < batch:
-        of_sample = float64(0)
-        first = (int64(n) * grad_bias.size + k) * tile_positions
-        i = int32(cuda.laneid)
-        while i < tile_positions:
-            of_sample += records[uint64(first + i)]
-            i = int32(i + WARP)
-        total += of_sample * power_of_two(int32(254) - scales[2 * n])
-        n = int32(n + SUM_THREADS // WARP)
+    if parameter == 0:
+        n = int32(cuda.threadIdx.x // WARP)
+        while n < batch:
+            of_sample = float64(0)
+            first = (int64(n) * channels + k) * tile_positions
+            i = int32(cuda.laneid)
+            while i < tile_positions:
+                of_sample += dz_sums[uint64(first + i)]
+                i = int32(i + WARP)
+            total += of_sample * power_of_two(int32(254) - scales[2 * n])
+            n = int32(n + SUM_THREADS // WARP)
+    else:
+        sums = sum_gx if parameter == 1 else sum_g
+        n = int32(cuda.threadIdx.x)
+        while n < batch:
+            total += sums[uint64(int64(n) * channels + k)]
+            n = int32(n + SUM_THREADS)
     total = block_sum(total, scratch)
     if cuda.threadIdx.x == 0:
-        grad_bias[k] = total
+        if parameter == 0:
+            grad_bias[k] = total
+        elif parameter == 1:
+            grad_gamma[k] = total
+        else:
+            grad_beta[k] = total
 
 
 class BackwardPlan:
@@ -286,13 +305,9 @@ class Backward:
                 self.weight_gradient(first, samples)
             if self.wanted[0]:
                 self.input_gradient(first, samples)
-        return [
-            self.grad_x if self.wanted[0] else None,
-            self.weight_sum() if self.wanted[1] else None,
-            self.bias_sum() if self.wanted[2] else None,
-            sum_over_samples(self.launch, self.operands, self.sum_gx) if self.wanted[3] else None,
-            sum_over_samples(self.launch, self.operands, self.sum_g) if self.wanted[4] else None,
-        ]
+        grad_x = self.grad_x if self.wanted[0] else None
+        grad_weight = self.weight_sum() if self.wanted[1] else None
+        return [grad_x, grad_weight, *self.parameter_sums()]
 
     # ---- one method for each kernel -------------------------------------------------------------
 
@@ -448,19 +463,26 @@ class Backward:
         )
         return found
 
-    def bias_sum(self) -> Tensor:
-        """dbias."""
-        found = torch.empty_like(self.operands.bias)
-        self.launch(
-            bias_sum_kernel,
-            found.numel(),
-            SUM_THREADS,
-            self.dz_records,
-            self.scales,
-            np.int32(self.operands.spec.batch),
-            np.int32(self.plan.tile_positions),
-            found,
-        )
+    def parameter_sums(self) -> list[Tensor | None]:
+        """dbias, dgamma and dbeta."""
+        wanted = self.wanted[2:]
+        channels = self.operands.spec.out_channels
+        found = [self.floats(channels) if want else None for want in wanted]
+        if any(wanted):
+            unused = self.sum_g  # in place of what the kernel does not touch
+            self.launch(
+                parameter_sums_kernel,
+                (channels, len(wanted)),
+                SUM_THREADS,
+                self.dz_records if any(self.wanted[:3]) else unused,
+                self.sum_gx,
+                self.sum_g,
+                self.scales,
+                np.int32(self.operands.spec.batch),
+                np.int32(self.plan.tile_positions),
+                wanted,
+                *(unused if gradient is None else gradient for gradient in found),
+            )
         return found
 
     def pack_turned_weights(self) -> None:
@@ -552,6 +574,6 @@ def ledger(spec: BlockSpec, wanted: Wanted, *, has_statistics: bool) -> Ledger:
     if wanted[2]:
         kernels.append((records + scales // 2, vector))
     kernels += [(planes, vector)] * sum(wanted[3:])
-    launches += sum(wanted[2:])
+    launches += any(wanted[2:])
     read, written = map(sum, zip(*kernels, strict=True))
     return Ledger(read, written, launches)
