@@ -223,12 +223,21 @@ def weight_gradient_kernel(tile: WeightTile) -> Any:
     low_words = x_words + 2 * dz_words  # x's second halves lie behind both sets of dz
     staged_at = 2 * (x_words + dz_words) if split else x_words + dz_words
     has_odd, vector, shift = tile.has_odd, shape.vector, shape.shift
-    staged_values, row_vectors = tile.staged_values, tile.staged_row // vector
-    row_quads, copies, quads = tile.staged_row // 4, staged_values // vector, staged_values // 4
+    staged_rows, staged_values = tile.staged_rows, tile.staged_values
+    row_vectors, row_quads = tile.staged_row // vector, tile.staged_row // 4
     row_warps, dz_row = columns // STEP, columns * POSITION_WORDS
     warp_rows, instructions = ROWS * row_warps // WARPS, tap_rows * fragments
     ring_words, parts_of_dz = kernel_d * slot_words, 2 if split else 1
     accumulators, dz_registers = 4 * instructions, 4 * warp_rows * parts_of_dz
+
+    @cuda.jit(device=True)
+    def first_of_rows(row_items):
+        """A thread's first row of those that a block goes through, and its item in each.
+
+        A block takes as many whole rows of `row_items` at once as it has threads for.
+        """
+        row, i = divide(int32(ptx.thread_index()), row_items)
+        return (row if row < THREADS // row_items else int32(staged_rows)), i
 
     @cuda.jit(device=True)
     def stage_x(x, staged, sample, first_channel, first_tap_row, place):
@@ -237,26 +246,24 @@ def weight_gradient_kernel(tile: WeightTile) -> Any:
         Those before it have been laid out already.
         """
         plane, first_h, first_w = place
-        first_h = int32(first_h + first_tap_row)
+        first_h = int32(first_h + first_tap_row - padding_h)
         d = int32(plane + kernel_d - 1 - padding_d)
-        item = int32(ptx.thread_index())
-        while item < copies:
-            of_plane, i = divide(item, row_vectors)
-            channel, row = divide(of_plane, in_rows)
-            channel = int32(first_channel + channel)
-            h = int32(first_h - padding_h + row)
-            w = int32(first_w - padding_w - shift + i * vector)
-            inside = uint32(h) < uint32(in_h) and uint32(w) < uint32(in_w)
-            inside = inside and uint32(d) < uint32(in_d) and channel < in_channels
+        row, i = first_of_rows(row_vectors)
+        w = int32(first_w - padding_w - shift + i * vector)
+        inside_row = uint32(w) < uint32(in_w) and uint32(d) < uint32(in_d)
+        while row < staged_rows:
+            channel, of_channel = divide(row, in_rows)
+            channel, h = int32(first_channel + channel), int32(first_h + of_channel)
+            inside = inside_row and uint32(h) < uint32(in_h) and channel < in_channels
             index = sample
             if inside:
                 index += int32(int32(int32(channel * in_d + d) * in_h + h) * in_w + w)
-            target = uint64(int32(staged_at + item * vector))
+            target = uint64(int32(staged_at + int32(row * row_vectors + i) * vector))
             if vector == 4:
                 ptx.copy_async_4(staged, target, x, uint64(index), inside)
             else:
                 ptx.copy_async_1(staged, target, x, uint64(index), inside)
-            item = int32(item + THREADS)
+            row = int32(row + THREADS // row_vectors)
 
     @cuda.jit(device=True)
     def lay_out(words, at, values):
@@ -273,12 +280,12 @@ def weight_gradient_kernel(tile: WeightTile) -> Any:
     @cuda.jit(device=True)
     def lay_out_x(words, staged, slot, scale):
         """Lay out the staged plane of x in halves, each row from even and from odd columns on."""
-        quad = int32(ptx.thread_index())
-        while quad < quads:
-            row, i = divide(quad, row_quads)
-            channel, row = divide(row, in_rows)
+        row, i = first_of_rows(row_quads)
+        while row < staged_rows:
+            channel, of_channel = divide(row, in_rows)
             at = int32(slot * slot_words + channel * channel_words)
-            at = int32(at + row * row_words + 2 * i)
+            at = int32(at + of_channel * row_words + 2 * i)
+            quad = int32(row * row_quads + i)
             a, b, c, d = ptx.load_4(staged, uint64(int32(staged_at + 4 * quad)))
             a, b, c, d = a * scale, b * scale, c * scale, d * scale
             lay_out(words, at, (a, b, c, d))
@@ -287,7 +294,7 @@ def weight_gradient_kernel(tile: WeightTile) -> Any:
                 beyond = min(int32(4 * quad + 4), int32(staged_values - 1))
                 e = staged[uint64(int32(staged_at + beyond))] * scale
                 lay_out(words, int32(at + odd_words), (b, c, d, e))
-            quad = int32(quad + THREADS)
+            row = int32(row + THREADS // row_quads)
 
     @cuda.jit(device=True)
     def swizzled(position, quad):
