@@ -579,7 +579,7 @@ class Differentiated:
         )
 
 
-# Drawn on the host, 5 s for the benchmark case; cases of one output shape share it.
+# Drawn on the host; cases of one output shape share it.
 keep_mask_on_host = functools.lru_cache(maxsize=1)(rng.keep_mask)
 
 

@@ -26,6 +26,7 @@ from numba import cuda, int64, uint32, uint64
 from numba_fused.spec import check_dropout_p
 
 RUN = 16  # elements of the last axis that share one stream
+STREAMS_AT_ONCE = 2**16  # on the host: as many as its caches hold
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -148,13 +149,19 @@ def draws(seed: int, output_shape: Sequence[int]) -> np.ndarray:
     """
     *leading, width = output_shape
     rows, runs = math.prod(leading), -(-width // RUN)
+    words = np.empty((rows * runs, RUN), dtype=np.uint32)
+    for first in range(0, len(words), STREAMS_AT_ONCE):
+        some = words[first : first + STREAMS_AT_ONCE]
+        _draw(some, np.uint64(seed % 2**64), np.arange(first, first + len(some), dtype=np.uint64))
+    return words.reshape(rows, runs * RUN)[:, :width].reshape(output_shape)
+
+
+def _draw(words: np.ndarray, seed: np.uint64, stream: np.ndarray) -> None:
+    """Fill (streams, RUN) `words` with the draws of these streams."""
     with np.errstate(over="ignore"):
-        stream = np.arange(rows * runs, dtype=np.uint64)
-        word = np.uint64(seed % 2**64)
-        s0 = _mix(word + GOLDEN * (np.uint64(2) * stream + np.uint64(1)))
-        s1 = _mix(word + GOLDEN * (np.uint64(2) * stream + np.uint64(2)))
+        s0 = _mix(seed + GOLDEN * (np.uint64(2) * stream + np.uint64(1)))
+        s1 = _mix(seed + GOLDEN * (np.uint64(2) * stream + np.uint64(2)))
         s1[(s0 == 0) & (s1 == 0)] = 1
-        words = np.empty((stream.size, RUN), dtype=np.uint32)
         for position in range(0, RUN, 2):
             result = s0 + s1
             words[:, position] = result >> np.uint64(32)
@@ -162,7 +169,6 @@ def draws(seed: int, output_shape: Sequence[int]) -> np.ndarray:
             s1 ^= s0
             s0 = _rotate_left(s0, 24) ^ s1 ^ (s1 << np.uint64(16))
             s1 = _rotate_left(s1, 37)
-    return words.reshape(rows, runs * RUN)[:, :width].reshape(output_shape)
 
 
 def keep_mask(seed: int, output_shape: Sequence[int], p: float) -> np.ndarray:
@@ -188,7 +194,7 @@ def keep_mask(seed: int, output_shape: Sequence[int], p: float) -> np.ndarray:
         `p` is outside [0, 1] or NaN.
     """
     check_dropout_p(p)
-    return draws(seed, output_shape).astype(np.int64) >= round(p * 2**32)
+    return draws(seed, output_shape) >= np.uint64(round(p * 2**32))
 
 
 def _mix(z: np.ndarray) -> np.ndarray:

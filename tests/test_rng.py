@@ -215,6 +215,14 @@ def test_seeds_are_taken_modulo_2_to_the_64() -> None:
             assert torch.equal(*(seed_tensor(s, torch.device("cpu")) for s in (seed, same)))
 
 
+def test_it_does_not_matter_how_many_streams_are_drawn_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = rng.draws(83, (5, 40))
+    monkeypatch.setattr(rng, "STREAMS_AT_ONCE", 4)  # of 15: the last few are fewer
+    assert (rng.draws(83, (5, 40)) == whole).all()
+
+
 def test_shapes_without_elements_have_empty_masks() -> None:
     assert nf.keep_mask(0, (0, 3, 5), 0.5).shape == (0, 3, 5)
 

@@ -141,7 +141,12 @@ SWEPT = {
     "ladder": {"precision": ["ieee", "tf32"], "variant": results.variants()},
     "precision": {"precision": ["ieee", "tf32"]},
     "cases": {"case": list(bench.CASES), "precision": ["ieee", "tf32"]},
-    "backward": {"batch": [1, 16, 128], "backward": [False, True]},
+    "backward": {
+        "batch": [1, 16, 128],
+        "precision": ["ieee", "tf32"],
+        "backward": [False, True],
+    },
+    "gradients": {"backward": [True], "precision": ["ieee", "tf32"]},
 }
 
 
@@ -640,7 +645,7 @@ def test_command_measures_both_passes_and_says_which(
 ) -> None:
     done = numba_fused("sweep", "backward", "--out", tmp_path / "rows.csv")
     assert done.exit_code == 0, done.output
-    assert collections.Counter(key.backward for key in stubbed) == {False: 9, True: 9}
+    assert collections.Counter(key.backward for key in stubbed) == {False: 18, True: 18}
     assert "kb83 ieee torch 256 ms" in done.stderr
     assert "kb83 ieee torch + backward 256 ms" in done.stderr
     assert sweep.missing(list(stubbed), tmp_path / "rows.csv") == []
