@@ -307,7 +307,7 @@ def chain_kernels(shape: TileShape) -> ChainKernels:
         cuda.syncthreads()  # the words are not needed any more: grad_out goes there
         move_rows(grad_out, staged, place, False, int32(ptx.thread_index() // WARP))
         # The mask is drawn while grad_out is on its way.
-        low, high = draw_bits(place, seed[0], drop_threshold)
+        low, high = draw_bits(place, seed, drop_threshold)
         normalise(acc, 0, scratch, bias, mean, rstd, place)
         normalise(acc, 1, scratch, bias, mean, rstd, place)
         ptx.wait_for_copies()
@@ -624,12 +624,11 @@ def chain_kernels(shape: TileShape) -> ChainKernels:
             ptx.wait_for_copies()
             cuda.syncthreads()
             accumulate(acc, x, scratch, words, staged_input, peaks, place)
-            word = seed[0]  # arrives while the copies are started
             cuda.syncthreads()  # the words are not needed any more: grad_out goes there
             warp = int32(ptx.thread_index() // WARP)
             if warp < warps:  # all are: a branch, or registers run out in `accumulate`
                 move_rows(grad_out, memory, place, False, warp)
-            low, high = draw_bits(place, word, drop_threshold)  # while it is on its way
+            low, high = draw_bits(place, seed, drop_threshold)  # while it is on its way
             normalise(acc, 0, scratch, bias, mean, rstd, place)
             normalise(acc, 1, scratch, bias, mean, rstd, place)
             ptx.wait_for_copies()

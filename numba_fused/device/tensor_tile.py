@@ -206,8 +206,9 @@ def stream_drawer(shape: TileShape, second: tuple[int, int], third: tuple[int, i
             row = int32(place[PLANE] * out_h + place[ROW] + row)
             stream = (int64(place[SAMPLE]) * out_channels + k) * channel_streams
             stream += int32(row * row_streams + place[COLUMN] // COLUMNS + run)
-            low = draw_two(stream, uint64(seed), drop_threshold)
-            high = draw_two(stream + to_third, uint64(seed), drop_threshold)
+            word = uint64(seed[0])
+            low = draw_two(stream, word, drop_threshold)
+            high = draw_two(stream + to_third, word, drop_threshold)
         return low, high
 
     return draw_streams

@@ -79,7 +79,7 @@ def kernels(shape: TileShape) -> tuple[Any, Any]:
         acc = cuda.local.array(ACCUMULATORS, float32)
         convolve(acc, x, scratch, int32(cuda.blockIdx.x), place)
         group_statistics(scratch, eps, statistics, kept, place)
-        bits = draw_bits(place, seed[0], drop_threshold)
+        bits = draw_bits(place, seed, drop_threshold)
         finish(acc, scratch, bias, gamma, beta, statistics, place, bounds, bits, keep_scale)
         cuda.syncthreads()  # others may still read the words where the output is staged
         store(acc, memory, out, place)

@@ -261,7 +261,7 @@ def finishing(shape: TileShape) -> Any:
             locate(int32(cuda.blockIdx.x + team() * cuda.gridDim.x), place)
         cuda.syncwarp()
         while place[TILE] < tiles:
-            bits = draw_streams(place, seed[0], drop_threshold)
+            bits = draw_streams(place, seed, drop_threshold)
             find_coefficients(scratch, parameters, kept, coefficients, place, keep_scale)
             ptx.barrier(int32(PARKED + team()), int32(passing))
             slot = uint32(team() % uint32(parked))
@@ -320,7 +320,7 @@ def waiting_kernel(shape: TileShape) -> Any:
             publish_sums(scratch, bias, moments, place)
             if next_place[TILE] < tiles:
                 stage_input(x, staged_input, next_place, 0)
-            bits = draw_bits(place, seed[0], drop_threshold)  # while others publish
+            bits = draw_bits(place, seed, drop_threshold)  # while others publish
             group_statistics(scratch, eps, statistics, kept, place)
             finish(acc, scratch, bias, gamma, beta, statistics, place, bounds, bits, keep_scale)
             store(acc, memory, out, place)
