@@ -203,7 +203,7 @@ def _of_one_case(case: str) -> list[Plot]:
             "Arithmetic done in a second over arithmetic for each byte that the variant should "
             "move. A point under the slanted line is as fast as its bytes allow; a point far below "
             "it is bound by something else, most often by instructions. A point above it was "
-            "served by the caches. torch.compile and auto have no ledger, so no point.",
+            "served by the caches. torch.compile has no ledger, so no point.",
             roofline_figure,
         ),
         plot(
