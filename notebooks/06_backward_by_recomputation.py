@@ -777,10 +777,10 @@ print(f"measured at commit {', '.join(of_both['commit'].unique())}")
 # %% [markdown]
 # Below 1 the block is slower: on wide convolutions, whose products are the library's in any case.
 #
-# What has no time has failed, for the reason listed: a row that is not accurate enough counts for
-# nothing, however fast. The sums of `dweight` run over all positions, and as a single chain of
-# matrix instructions they drift (notebook 5). That is why `weight_gradient.py` gives each step sums
-# of its own; in rows of commits that did not yet do so, long sums fail in fp32.
+# A gradient that is not accurate enough counts for nothing, however fast it is: its row would have
+# a reason, listed here, and no time. The sums of `dweight` run over all positions, and as a single
+# chain of matrix instructions they drift (notebook 5). That is why `weight_gradient.py` gives each
+# step sums of its own.
 
 # %% [markdown]
 # ## Exercises
