@@ -116,9 +116,12 @@ def _print_demo(lines: list[Line], on_gpu: bool, figure: Path) -> None:
             f"{moved:,}",
             *cells,
             number(line.error, ".1e"),
-            verdict_text(line.verdict),
+            verdict_text(line.verdict.partition(":")[0]),
         )
     console.print(table)
+    for line in lines:
+        if ":" in line.verdict:
+            console.print(f"{line.name} {line.verdict}.\n", markup=False)
     bound = max((line.bound for line in lines if line.bound is not None), default=math.nan)
     console.print(
         f"Every rung computes the same answer with the same dropout mask; its error against fp64 "
@@ -1062,4 +1065,4 @@ def number(value: float | None, form: str) -> str:
 def verdict_text(verdict: str) -> str:
     """A verdict in its colour."""
     colours = {"right": "green", "ok": "green", "skipped": "yellow"}
-    return f"[{colours.get(verdict.partition(':')[0], 'bold red')}]{escape(verdict)}[/]"
+    return f"[{colours.get(verdict, 'bold red')}]{escape(verdict)}[/]"
