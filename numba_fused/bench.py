@@ -635,7 +635,7 @@ def measure(
     baseline = _measure_baseline_step if backward else _measure_baseline
     try:
         if variant == COMPILED:
-            return row | baseline(workload, compiled=True)
+            return row | baseline(workload, variant)
         rung = ladder.get(resolve(variant, workload.spec))
         if variant == AUTO:
             row["runs"], threads_per_block = rung.name, ladder.DEFAULT_THREADS_PER_BLOCK
@@ -647,7 +647,7 @@ def measure(
             if rung.takes_threads_per_block:
                 row["threads_per_block"] = threads_per_block
         if variant == EAGER:
-            return row | baseline(workload, compiled=False)
+            return row | baseline(workload, variant)
         if backward:
             row |= both_passes(workload.spec, rung)
             return row | _measure_variant_step(workload, variant)
@@ -680,9 +680,19 @@ def resolve(variant: str, spec: BlockSpec) -> str:
     return plan.choose(spec) if variant == AUTO else variant
 
 
+def public_block(name: str, variant: str, precision: str, seed: Tensor) -> Callable[..., Tensor]:
+    """The public function with a case's parameters: a function of the five operands."""
+    return functools.partial(
+        ops.fused_conv_group_norm_min_clamp_dropout,
+        seed=seed,
+        variant=variant,
+        **case(name).keywords(precision),
+    )
+
+
 def _measure_rung(workload: Workload, variant: str, rung: str, threads_per_block: int) -> Row:
     spec, (first, last) = workload.spec, workload.yardsticks
-    keywords = case(workload.name).keywords(spec.precision)
+    block = public_block(workload.name, variant, spec.precision, workload.seed)
 
     def call(index: int) -> Tensor:
         return ladder.run(
@@ -696,9 +706,7 @@ def _measure_rung(workload: Workload, variant: str, rung: str, threads_per_block
 
     def public_call(index: int) -> Tensor:
         with torch.no_grad():
-            return ops.fused_conv_group_norm_min_clamp_dropout(
-                *workload.inputs[index], seed=workload.seed, variant=variant, **keywords
-            )
+            return block(*workload.inputs[index])
 
     for out in workload.outs:
         out.copy_(poisoned(spec, out.device))
@@ -722,11 +730,11 @@ def _measure_rung(workload: Workload, variant: str, rung: str, threads_per_block
     return row | _plausible(row["p50_ms"], workload.floor_ms())
 
 
-def _measure_baseline(workload: Workload, *, compiled: bool) -> Row:
+def _measure_baseline(workload: Workload, variant: str) -> Row:
     spec, sets = workload.spec, len(workload.inputs)
     outs: list[Tensor | None] = [None] * sets  # kept, so that no call finds its output in L2
     bound = workload.yardsticks[0].bound if spec.precision == "ieee" else TF32_BASELINE_BOUND
-    function = compiled_chain() if compiled else native_chain
+    function = torch_chain(variant)
 
     def call(index: int) -> Tensor:
         with torch.no_grad():
@@ -795,12 +803,7 @@ class Step:
 
 def _measure_variant_step(workload: Workload, variant: str) -> Row:
     """Forward by the variant, backward as the public function does it."""
-    keywords = case(workload.name).keywords(workload.spec.precision)
-
-    def forward(*operands: Tensor) -> Tensor:
-        return ops.fused_conv_group_norm_min_clamp_dropout(
-            *operands, seed=workload.seed, variant=variant, **keywords
-        )
+    forward = public_block(workload.name, variant, workload.spec.precision, workload.seed)
 
     def judge(results: list[Tensor], place: int) -> Row:
         out, *of_operands = results
@@ -811,10 +814,10 @@ def _measure_variant_step(workload: Workload, variant: str) -> Row:
     return _measure_step(workload, Step(forward, workload.differentiated), judge)
 
 
-def _measure_baseline_step(workload: Workload, *, compiled: bool) -> Row:
+def _measure_baseline_step(workload: Workload, variant: str) -> Row:
     """PyTorch's forward and backward, judged under the mask that its own dropout drew."""
     spec = workload.spec
-    function = compiled_chain() if compiled else native_chain
+    function = torch_chain(variant)
     bound = workload.yardsticks[0].bound if spec.precision == "ieee" else TF32_BASELINE_BOUND
 
     def judge(results: list[Tensor], place: int) -> Row:
@@ -894,6 +897,11 @@ def native_chain(
     """The chain as one writes it in PyTorch, with PyTorch's own dropout."""
     c = chain(spec, x, weight, bias, gamma, beta, None)
     return F.dropout(c, spec.dropout_p, spec.training)
+
+
+def torch_chain(variant: str) -> Callable[..., Tensor]:
+    """`native_chain`, eager or compiled: a function of a spec and the five operands."""
+    return compiled_chain() if variant == COMPILED else native_chain
 
 
 def compiled_chain() -> Callable[..., Tensor]:

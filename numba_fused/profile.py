@@ -25,8 +25,6 @@ from numba_fused import results
 from numba_fused.results import COMPILED, EAGER
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from numba_fused.spec import BlockSpec
 
 # The counter's field in `KernelCounters`, and its name in ncu for compute capability 8.0 and 9.0.
@@ -193,15 +191,13 @@ def ledger_bytes(call: Call) -> int | None:
     """What the call should move by its ledgers; None where PyTorch computes, which has none."""
     from numba_fused import bench, ladder
 
-    if call.variant == COMPILED:
+    if call.variant == COMPILED or (call.variant == EAGER and call.backward):
         return None
     spec = bench.case_spec(call.case, precision=call.precision)
     rung = ladder.get(bench.resolve(call.variant, spec))
-    if not call.backward:
-        return rung.ledger(spec).bytes_moved
-    if rung.name == EAGER:
-        return None
-    return bench.both_passes(spec, rung).get("ledger_bytes")
+    if call.backward:
+        return bench.both_passes(spec, rung).get("ledger_bytes")
+    return rung.ledger(spec).bytes_moved
 
 
 def keep(counters: Sequence[KernelCounters], call: Call, ledger: int | None, path: Path) -> None:
@@ -325,7 +321,7 @@ def _forward(call: Call, spec: BlockSpec) -> Callable[[], object]:
 
     inputs = bench.random_inputs(spec, 0)
     if call.variant in (COMPILED, EAGER):
-        return functools.partial(_by_torch(call), spec, *inputs)
+        return functools.partial(bench.torch_chain(call.variant), spec, *inputs)
     seed = torch.tensor([bench.DROPOUT_SEED], device="cuda")
     out = torch.empty(spec.output_shape, device="cuda")
     rung = bench.resolve(call.variant, spec)
@@ -336,27 +332,17 @@ def _both_passes(call: Call, spec: BlockSpec) -> Callable[[], object]:
     """Forward by the variant, backward as the public function does it."""
     import torch
 
-    from numba_fused import bench, ops
+    from numba_fused import bench
 
     inputs = bench.random_inputs(spec, 0)
     grad_out = bench.random_grad_out(spec, inputs, 0)
     leaves = [tensor.requires_grad_() for tensor in inputs if tensor is not None]
     if call.variant in (COMPILED, EAGER):
-        forward = functools.partial(_by_torch(call), spec)
+        forward = functools.partial(bench.torch_chain(call.variant), spec)
     else:
-        forward = functools.partial(
-            ops.fused_conv_group_norm_min_clamp_dropout,
-            seed=torch.tensor([bench.DROPOUT_SEED], device="cuda"),
-            variant=call.variant,
-            **bench.case(call.case).keywords(call.precision),
-        )
+        seed = torch.tensor([bench.DROPOUT_SEED], device="cuda")
+        forward = bench.public_block(call.case, call.variant, call.precision, seed)
     return lambda: torch.autograd.grad(forward(*leaves), leaves, grad_out)
-
-
-def _by_torch(call: Call) -> Callable[..., Tensor]:
-    from numba_fused import bench
-
-    return bench.compiled_chain() if call.variant == COMPILED else bench.native_chain
 
 
 if __name__ == "__main__":

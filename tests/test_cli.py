@@ -390,18 +390,10 @@ def test_bench_of_both_passes_says_so(
     assert "gradient" not in alone
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--threads-per-block", "128"], "threads_per_block=128 does not go with backward"),
-    ],
-)
-def test_bench_of_both_passes_refuses_what_is_of_one(
-    timed: None, arguments: list[str], said: str
-) -> None:
-    result = numba_fused("bench", "--backward", *arguments)
+def test_bench_of_both_passes_refuses_what_is_of_one(timed: None) -> None:
+    result = numba_fused("bench", "--backward", "--threads-per-block", "128")
     assert result.exit_code == 2
-    assert said in result.output
+    assert "threads_per_block=128 does not go with backward" in result.output
 
 
 def test_bench_runs_cases_in_precisions_and_adds_their_rows(timed: None, tmp_path: Path) -> None:
@@ -518,6 +510,8 @@ def test_profile_of_both_passes_counts_against_both_ledgers(fake_ncu: Path, tmp_
     assert list(rows["backward"]) == [True, True, False, False]
     assert len(set(rows["ledger_bytes"])) == 2
     assert "ledger" not in numba_fused("profile", "kb83", "torch", "--backward").stdout
+    numba_fused("bench", "--profile", "split", "--precision", "tf32", "--backward")
+    assert asked_of(fake_ncu) == profile.Call("kb83", "split", "tf32", backward=True)
 
 
 def test_profile_of_one_kernel_and_as_json(fake_ncu: Path) -> None:

@@ -9,8 +9,8 @@ dz is as large as half the output (as the output, in two halves), so it is not m
 run of samples goes through all kernels before the next one, and they share the memory.
 
 Launch: pack the weights; statistics and their pooling, unless forward kept them; then for each run
-        of samples the chain, dweight, dx; and at the end a kernel for the sums over all samples
-        that are dweight, and one for dbias, dgamma and dbeta. The chain is one kernel where the
+        of samples the chain, dweight, dx; and at the end the sums over all samples: a kernel for
+        dweight, and one for dbias, dgamma and dbeta. The chain is one kernel where the
         tiles of two samples fit on the GPU together, else sums, means and gradient.
         Kernels whose results nobody wants are not launched.
 Shapes: those of `clear`; dz and what the halves left over, (samples, D, H, W, K / 2) words each.

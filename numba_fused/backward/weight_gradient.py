@@ -441,10 +441,8 @@ def weight_gradient_kernel(tile: WeightTile) -> Any:
         n = int32(first_sample + sample)
         x_sample = int64(n) * (in_channels * in_d * in_h * in_w)
         row_group, column_group = divide(tap_group, column_groups)
-        first_tap, first_tap_row = (
-            int32(column_group * TAPS * fragments),
-            int32(row_group * tap_rows),
-        )
+        first_tap = int32(column_group * (TAPS * fragments))
+        first_tap_row = int32(row_group * tap_rows)
         first_channel = int32(first_tap // channel_taps)
         scale = power_of_two(scales[2 * n + 1])
         for i in range(accumulators):
